@@ -1,0 +1,232 @@
+"""A run's whole configuration: typed, frozen, saved beside its checkpoints.
+
+Stage files (`stages/`) return a `StageConfig`; everything below the builders takes plain values. `override` changes one
+field by its dotted name, and `to_json` / `from_json` keep a configuration with the checkpoints it made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from longvila.errors import ConfigError
+
+PARTS = ("vision", "projector", "language_model")
+
+
+@dataclass(frozen=True)
+class FrameSampling:
+    """Which frames of a video the model sees."""
+
+    mode: Literal["uniform", "fps"] = "fps"
+    """`uniform`: `frames` frames spread over the video. `fps`: one every 1/fps seconds, at most `frames`."""
+    frames: int = 8
+    """The count (`uniform`) or the cap (`fps`; past the cap the frames are spread uniformly)."""
+    fps: float = 1.0
+    """Frames per second of video time, in `fps` mode."""
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One stream of samples inside a mixture."""
+
+    shards: str
+    """A folder of webdataset tars, or a brace pattern; relative paths are below the data root of the run."""
+    weight: float = 1.0
+    """Relative chance that the next sample comes from here, while this source lasts."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """How shards become packed rows of tokens."""
+
+    sources: tuple[SourceConfig, ...]
+    frames: FrameSampling = FrameSampling()
+    row_tokens: int = 4096
+    """Token budget of one packed row (one row per sequence group and micro-batch)."""
+    shuffle_buffer: int = 256
+    """Samples held for shuffling on each data rank."""
+    workers: int = 0
+    """Loader processes of each rank; 0 decodes in the training process."""
+    max_bad_share: float = 0.05
+    """The run stops when more than this share of the samples read (after the first 100) could not be used."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What the vision-language model is made from, before any stage has run."""
+
+    tower: str
+    """An open_clip model name (`ViT-SO400M-14-SigLIP-384`) or the path of an open_clip JSON configuration."""
+    tower_weights: str | None
+    """An open_clip pretrained tag (`webli`), the path of a state dict, or None for random weights."""
+    language_model: str
+    """A Hugging Face causal language model, by hub name or folder."""
+    projector: Literal["downsample_mlp", "mlp", "linear"] = "downsample_mlp"
+    """`downsample_mlp` joins each 2x2 block of patches into one token; the others keep every patch."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters on the language model (Hu et al. 2021), merged at the end of the stage."""
+
+    rank: int = 8
+    alpha: int = 16
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    full: tuple[str, ...] = ("embed_tokens", "norm")
+    """Parameters trained in full beside the adapters: every one with one of these words in its name (LongLoRA)."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov & Hutter 2019) and gradient clipping."""
+
+    weight_decay: float = 0.0
+    """Applied to matrices; biases, norms and embeddings never decay."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    clip: float = 1.0
+    """Bound of the global gradient norm; 0 turns clipping off (the norm is still reported)."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """The attention fold of one sequence group: head x inner x outer ranks read one row together."""
+
+    head: int = 1
+    """Ranks that split the attention heads of the same tokens (all-to-all, as DeepSpeed-Ulysses)."""
+    inner: int = 1
+    """Ranks of the inner ring, over which tokens are split."""
+    outer: int = 1
+    """Windows of the outer ring (LoongTrain's double ring). Tokens are split over inner x outer."""
+    layout: Literal["contiguous", "zigzag", "document_zigzag"] = "document_zigzag"
+    """Which tokens each rank owns (`longvila/parallel/layout.py`)."""
+
+    @property
+    def sequence(self) -> int:
+        """Ranks in one sequence group."""
+        return self.head * self.inner * self.outer
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of a stage with its own data, length and learning rate. Most stages have one."""
+
+    name: str
+    steps: int
+    data: DataConfig
+    learning_rate: float
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    warmup: float = 0.03
+    """Share of the phase's steps over which the rate rises from 0."""
+    rows_per_step: int = 1
+    """Rows of each data rank per optimizer step (gradient accumulation)."""
+    rope_theta: float | None = None
+    """RoPE base from this phase on; None keeps what the model has."""
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One training stage, complete."""
+
+    name: str
+    """The name of its file in `stages/`, e.g. `1_alignment`."""
+    scale: str
+    starts_from: str | None
+    """The stage whose final model this one continues; None starts from the base models in `model`."""
+    model: ModelConfig
+    trains: tuple[Literal["vision", "projector", "language_model"], ...]
+    """The parts whose parameters move. The run prints and asserts it."""
+    phases: tuple[Phase, ...]
+    lora: LoraConfig | None = None
+    optimizer: OptimizerConfig = OptimizerConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Computation type; master weights and optimizer states stay fp32."""
+    recompute: bool = False
+    """Activation checkpointing of every language-model layer."""
+    checkpoint_every: int = 200
+    """Steps between resumable checkpoints; 0 saves only at the end."""
+    checkpoints_kept: int = 2
+    seed: int = 0
+
+    @property
+    def steps(self) -> int:
+        return sum(phase.steps for phase in self.phases)
+
+
+def to_json(config: Any) -> str:
+    """The configuration as JSON, readable by `from_json`."""
+    return json.dumps(dataclasses.asdict(config), indent=2)
+
+
+def from_json(cls: type, text: str) -> Any:
+    """Inverse of `to_json` for the dataclass `cls`. Raises ConfigError on a field that `cls` does not have."""
+    return _build(cls, json.loads(text), cls.__name__)
+
+
+def override(config: Any, assignment: str) -> Any:
+    """Returns `config` with one field replaced: `"optimizer.clip=0.5"`, `"phases.0.steps=10"`.
+
+    Raises:
+        ConfigError: for a field that does not exist (the fields that do are listed) or a value of another type.
+    """
+    name, separator, text = assignment.partition("=")
+    if not separator:
+        raise ConfigError(f"override '{assignment}' has no '='; write FIELD=VALUE, e.g. optimizer.clip=0.5")
+    data = dataclasses.asdict(config)
+    node: Any = data
+    *parents, leaf = name.split(".")
+    try:
+        for key in parents:
+            node = node[int(key)] if isinstance(node, (list, tuple)) else node[key]
+        if isinstance(node, (list, tuple)) or leaf not in node:
+            raise KeyError(leaf)
+    except (KeyError, IndexError, ValueError, TypeError):
+        known = ", ".join(node) if isinstance(node, dict) else f"indices 0 to {len(node) - 1}"
+        raise ConfigError(f"override '{name}': no such field; there is: {known}") from None
+    try:
+        node[leaf] = json.loads(text)
+    except json.JSONDecodeError:
+        node[leaf] = text
+    return _build(type(config), data, type(config).__name__)
+
+
+def _build(annotation: Any, value: Any, where: str) -> Any:
+    """Builds `annotation` from JSON data, checking every name and type on the way."""
+    origin = typing.get_origin(annotation)
+    if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where} must be an object with fields, not {value!r}")
+        hints = typing.get_type_hints(annotation)
+        if unknown := set(value) - set(hints):
+            raise ConfigError(f"{where} has no field {sorted(unknown)}; it has {sorted(hints)}")
+        return annotation(**{key: _build(hints[key], item, f"{where}.{key}") for key, item in value.items()})
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ConfigError(f"{where} must be a list, not {value!r}")
+        kinds = typing.get_args(annotation)
+        if kinds[-1] is not Ellipsis and len(kinds) != len(value):
+            raise ConfigError(f"{where} takes {len(kinds)} values, not {len(value)}")
+        return tuple(
+            _build(kinds[0] if kinds[-1] is Ellipsis else kinds[i], item, f"{where}[{i}]")
+            for i, item in enumerate(value)
+        )
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in typing.get_args(annotation):
+            return None
+        (kind,) = [k for k in typing.get_args(annotation) if k is not type(None)]
+        return _build(kind, value, where)
+    if origin is Literal:
+        if value not in typing.get_args(annotation):
+            raise ConfigError(f"{where} is {value!r}; it must be one of {list(typing.get_args(annotation))}")
+        return value
+    if annotation is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, annotation) or (annotation is int and isinstance(value, bool)):
+        raise ConfigError(f"{where} must be {annotation.__name__}, not {value!r}")
+    return value
