@@ -1,0 +1,117 @@
+"""Folds: named views of one device mesh. The only place that makes process groups.
+
+The world is `data x outer x inner x head`, head fastest, so that the all-to-all over heads stays on neighbouring ranks
+(LoongTrain's head-first placement). A sequence group is `outer x inner x head` ranks that read one row together.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from longvila.config import ParallelConfig
+from longvila.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Fold:
+    """This rank's place in the world, and the process groups of the axes it takes part in."""
+
+    mesh: DeviceMesh
+    """(data, outer, inner, head)."""
+    sequence: dist.ProcessGroup
+    """Ranks that share one row."""
+    context: dist.ProcessGroup
+    """outer x inner ranks with this rank's heads; keys and values travel here."""
+    context_gradients: dist.ProcessGroup
+    """The same ranks; gradients of keys and values travel here, so that the two kinds of traffic never mix."""
+    heads: dist.ProcessGroup
+    """Ranks that share this rank's attention tokens."""
+    data_rank: int
+    num_data: int
+
+    @property
+    def sequence_rank(self) -> int:
+        return dist.get_rank(self.sequence)
+
+    @property
+    def num_sequence(self) -> int:
+        return dist.get_world_size(self.sequence)
+
+    @property
+    def part(self) -> int:
+        """Context rank."""
+        return dist.get_rank(self.context)
+
+    @property
+    def parts(self) -> int:
+        return dist.get_world_size(self.context)
+
+    @property
+    def head(self) -> int:
+        return dist.get_rank(self.heads)
+
+    @property
+    def num_heads(self) -> int:
+        """Size of the head axis."""
+        return dist.get_world_size(self.heads)
+
+
+def start_world() -> torch.device:
+    """Joins the process group that torchrun describes (or a world of one without it) and returns this rank's device."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return device
+
+
+def check_world(parallel: ParallelConfig, world: int) -> int:
+    """Returns the number of data ranks, or raises ConfigError where the fold does not fit the world."""
+    sizes = f"head {parallel.head} x inner {parallel.inner} x outer {parallel.outer}"
+    if min(parallel.head, parallel.inner, parallel.outer) < 1:
+        raise ConfigError(f"every axis of the attention fold must be at least 1, not {sizes}")
+    if world % parallel.sequence:
+        raise ConfigError(
+            f"a sequence group of {parallel.sequence} ranks ({sizes}) does not divide the world of {world} ranks; "
+            f"start a multiple of {parallel.sequence}, or change parallel.*"
+        )
+    return world // parallel.sequence
+
+
+def make_fold(parallel: ParallelConfig, device_type: str) -> Fold:
+    """Builds the mesh and this rank's groups. Collective: every rank of the world calls it.
+
+    Raises:
+        ConfigError: where the sequence group does not divide the world.
+    """
+    num_data = check_world(parallel, dist.get_world_size())
+    shape = (num_data, parallel.outer, parallel.inner, parallel.head)
+    mesh = init_device_mesh(device_type, shape, mesh_dim_names=("data", "outer", "inner", "head"))
+    ranks = torch.arange(dist.get_world_size()).view(num_data, parallel.outer * parallel.inner, parallel.head)
+    sequence = _my_group([row.flatten().tolist() for row in ranks])
+    columns = [row[:, h].tolist() for row in ranks for h in range(parallel.head)]
+    return Fold(
+        mesh=mesh,
+        sequence=sequence,
+        context=_my_group(columns),
+        context_gradients=_my_group(columns),
+        heads=mesh.get_group("head"),
+        data_rank=mesh.get_local_rank("data"),
+        num_data=num_data,
+    )
+
+
+def _my_group(members: list[list[int]]) -> dist.ProcessGroup:
+    group, _ = dist.new_subgroups_by_enumeration(members)
+    return group
