@@ -1,0 +1,141 @@
+"""Chat messages to token ids and labels, with the tokenizer's own chat template.
+
+A video or image part of a message becomes one frame token per projected patch. Labels stand on the assistant's answers
+only, found by character offsets in ONE rendering of the conversation, so that training sees exactly what the template
+writes. Labels here are not shifted.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from longvila.errors import ConfigError, DataError
+
+FRAME_TOKEN = "<frame>"
+IGNORE = -100
+
+Messages = list[dict[str, Any]]
+
+
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Adds the frame token to `tokenizer` where it lacks it, and returns its id.
+
+    Raises:
+        ConfigError: the tokenizer has no chat template, no end-of-text token, or no character offsets.
+    """
+    name = tokenizer.name_or_path
+    if not tokenizer.is_fast:
+        raise ConfigError(f"tokenizer {name} is a slow one without character offsets; convert it to a fast tokenizer")
+    if not tokenizer.chat_template:
+        raise ConfigError(f"tokenizer {name} has no chat template; use an instruction-tuned model, or add a template")
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"tokenizer {name} has no end-of-text token; set its eos_token")
+    if FRAME_TOKEN not in tokenizer.get_vocab():
+        tokenizer.add_tokens([FRAME_TOKEN], special_tokens=True)
+    return tokenizer.get_vocab()[FRAME_TOKEN]
+
+
+def encode_messages(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, num_frames: int, tokens_per_frame: int
+) -> tuple[list[int], list[int]]:
+    """Token ids of a conversation, and labels (the same ids inside the answers, -100 elsewhere; not shifted).
+
+    An answer ends with what the template puts behind it (its end-of-turn token), without trailing white space.
+
+    Raises:
+        DataError: a message that cannot be rendered, or frames without exactly one place for them.
+        ConfigError: the template rewrites earlier messages when later ones arrive.
+    """
+    messages = _flatten(messages, num_frames)
+    text = _render(tokenizer, messages)
+    answers = _answer_spans(tokenizer, messages, text)
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    labels = [
+        token if any(start <= offset[0] < end for start, end in answers) else IGNORE
+        for token, offset in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
+    ]
+    return _expand(tokenizer, encoding["input_ids"], labels, num_frames * tokens_per_frame)
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, num_frames: int, tokens_per_frame: int
+) -> list[int]:
+    """Token ids of a conversation up to where the assistant's next answer begins."""
+    text = _render(tokenizer, _flatten(messages, num_frames), add_generation_prompt=True)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return _expand(tokenizer, ids, ids, num_frames * tokens_per_frame)[0]
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:
+    """Token ids and labels of plain text, closed by the end-of-text token: every token is a target."""
+    if FRAME_TOKEN in text:
+        raise DataError(f"the text contains the reserved word {FRAME_TOKEN}")
+    ids = list(tokenizer(text)["input_ids"])
+    if not ids or ids[-1] != tokenizer.eos_token_id:
+        ids.append(tokenizer.eos_token_id)
+    return ids, list(ids)
+
+
+def _flatten(messages: Messages, num_frames: int) -> Messages:
+    """Messages whose content is plain text, with one FRAME_TOKEN where the media part was."""
+    num_media = 0
+    flat = []
+    for message in messages:
+        content = message["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        lines = []
+        for part in parts:
+            if part["type"] in ("video", "image"):
+                num_media += 1
+                lines.append(FRAME_TOKEN)
+            elif part["type"] == "text":
+                if FRAME_TOKEN in part["text"]:
+                    raise DataError(f"a message contains the reserved word {FRAME_TOKEN}: {part['text'][:80]!r}")
+                lines.append(part["text"])
+            else:
+                raise DataError(f"a message part has the type {part['type']!r}; known are text, video and image")
+        flat.append({**message, "content": "\n".join(lines)})
+    if num_media != (num_frames > 0):
+        raise DataError(f"the messages have {num_media} video or image parts for {num_frames} frames; one is needed")
+    return flat
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages, **kwargs: Any) -> str:
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **kwargs))
+    except Exception as error:  # templates raise what they like, jinja2 errors among it
+        raise DataError(f"the chat template of {tokenizer.name_or_path} refuses these messages: {error}") from None
+
+
+def _answer_spans(tokenizer: PreTrainedTokenizerBase, messages: Messages, text: str) -> list[tuple[int, int]]:
+    """Character ranges of the assistant's answers in `text`, the rendering of `messages`."""
+    spans = []
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = _render(tokenizer, messages[:index], add_generation_prompt=True)
+        through = _render(tokenizer, messages[: index + 1])
+        if not (through.startswith(before) and text.startswith(through)):
+            raise ConfigError(
+                f"the chat template of {tokenizer.name_or_path} rewrites earlier messages (message {index} reads "
+                f"otherwise alone than in the conversation), so answers cannot be trained as they will be generated; "
+                f"use another template, or conversations of one answer"
+            )
+        spans.append((len(before), len(through.rstrip())))
+    return spans
+
+
+def _expand(
+    tokenizer: PreTrainedTokenizerBase, ids: list[int], labels: list[int], count: int
+) -> tuple[list[int], list[int]]:
+    """Repeats the one frame placeholder `count` times."""
+    frame_id = tokenizer.convert_tokens_to_ids(FRAME_TOKEN)
+    if frame_id not in ids:
+        return list(ids), list(labels)
+    at = ids.index(frame_id)
+    return (
+        [*ids[:at], *[frame_id] * count, *ids[at + 1 :]],
+        [*labels[:at], *[IGNORE] * count, *labels[at + 1 :]],
+    )
