@@ -1,0 +1,85 @@
+"""Opens a video for reading, the same way for probing and for decoding.
+
+Video time is counted from the first frame that is presented: 0 seconds is that frame, whatever the file calls it.
+"""
+
+from __future__ import annotations
+
+import io
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import av
+from av.container import InputContainer
+from av.packet import Packet
+from av.stream import Disposition
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+
+from longvila.errors import MediaError
+
+
+@contextmanager
+def open_video(media: bytes | Path, name: str) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """Opens the first real video stream of `media` (a cover picture is not one), decoding on one thread.
+
+    One thread: loaders already run one process per core. The container is closed on leaving; one left open would
+    deadlock FFmpeg in worker processes forked later.
+
+    Raises:
+        MediaError: naming `name`, when the file is missing, empty, not a video or without a video stream, and for any
+            FFmpeg error inside the `with` block.
+    """
+    if isinstance(media, Path) and not media.is_file():
+        raise MediaError(f"{name}: no such file: {media}")
+    if not (media.stat().st_size if isinstance(media, Path) else len(media)):
+        raise MediaError(f"{name}: the file is empty (0 bytes)")
+    source = str(media.resolve()) if isinstance(media, Path) else io.BytesIO(media)
+    try:
+        # A playlist that poses as a video must not make a training job open network addresses.
+        options = {"protocol_whitelist": "file"}
+        with av.open(source, options=options, metadata_errors="replace") as container:
+            videos = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+            if not videos:
+                kinds = sorted({stream.type for stream in container.streams})
+                raise MediaError(f"{name}: has no video stream, only {', '.join(kinds) or 'nothing'}")
+            videos[0].codec_context.thread_count = 1
+            yield container, videos[0]
+    except (av.error.FFmpegError, OSError) as error:
+        raise MediaError(f"{name}: cannot be read as a video ({error.strerror or error})") from error
+
+
+def read_packets(container: InputContainer, stream: VideoStream) -> Iterator[Packet[VideoStream]]:
+    """The packets of `stream` from the current position; a file cut short simply ends at the cut."""
+    packets = container.demux(stream)
+    while True:
+        try:
+            yield next(packets)
+        except (StopIteration, av.error.InvalidDataError, av.error.EOFError):
+            return
+
+
+def decode_packets(
+    packets: Iterator[Packet[VideoStream]], container: InputContainer, damaged: list[int]
+) -> Iterator[VideoFrame]:
+    """The frames of `packets` in order of presentation; times of packets that cannot be decoded go to `damaged`.
+
+    AVI stores no presentation times, and FFmpeg reports the order of storage instead. There the n-th frame that leaves
+    the decoder takes the time of the n-th packet that entered it.
+    """
+    stored_order = deque() if container.format.name == "avi" else None
+    for packet in packets:
+        time = packet.pts if packet.pts is not None else packet.dts
+        try:
+            frames = packet.decode()
+        except av.error.InvalidDataError:
+            damaged.append(time or 0)
+            continue
+        if stored_order is not None and packet.size:
+            stored_order.append(time)
+        for frame in frames:
+            if stored_order:
+                frame.pts = stored_order.popleft()
+            yield frame

@@ -1,0 +1,154 @@
+"""Video bytes to small square RGB frames at given moments.
+
+Frames are addressed by time, never by index: containers disagree on indices when frame rates vary or edit lists exist.
+The frame at time t is the last one that begins at or before t. Each wanted frame is resized to (size, size), without
+keeping its shape, as SigLIP's preprocessing does, inside the decode loop, so a long film never sits in memory undecoded.
+
+Between two wanted frames the decoder runs on, unless the file's index has a key frame at least `SEEK_GAIN` seconds
+ahead from which the wanted frame can be reached: then it jumps there.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from av.container import InputContainer
+from av.video.frame import VideoFrame
+from av.video.reformatter import Interpolation, VideoReformatter
+from av.video.stream import VideoStream
+from PIL import Image, ImageOps
+
+from longvila.errors import MediaError
+from longvila.media.container import decode_packets, open_video, read_packets
+
+SEEK_GAIN = 0.5
+"""Seconds of video that a jump must save: after one, the decoder has to fill its reordering queue again."""
+END_TOLERANCE = 1.0
+"""Seconds past the last frame's start for which that frame still stands."""
+
+
+def decode_frames(media: bytes | Path, timestamps: Sequence[float], size: int, name: str) -> torch.Tensor:
+    """Decodes the frames shown at `timestamps` (seconds of video time, in any order).
+
+    Returns:
+        uint8 (len(timestamps), 3, size, size), RGB, turned upright by the file's rotation.
+
+    Raises:
+        MediaError: naming `name`: not a readable video, a wanted frame is damaged, or a time lies past the end.
+    """
+    pixels = np.empty((len(timestamps), size, size, 3), dtype=np.uint8)
+    if len(timestamps):
+        order = sorted(range(len(timestamps)), key=timestamps.__getitem__)
+        with open_video(media, name) as (container, stream):
+            picture = _Picture(size)
+            frames = _frames_at(container, stream, [timestamps[i] for i in order], name)
+            for position, frame in zip(order, frames, strict=True):
+                pixels[position] = picture.of(frame)
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+
+
+def decode_image(data: bytes | Path, size: int, name: str) -> torch.Tensor:
+    """Decodes a still image (any format Pillow reads) to uint8 (3, size, size), RGB, upright.
+
+    Raises:
+        MediaError: naming `name`, when the data are not an image or are cut short.
+    """
+    try:
+        with Image.open(data if isinstance(data, Path) else io.BytesIO(data)) as image:
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+            pixels = np.array(upright.resize((size, size), Image.Resampling.BICUBIC))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise MediaError(f"{name}: cannot be read as an image ({error})") from error
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+class _Picture:
+    """Turns a decoded frame into an upright RGB array (size, size, 3); the last one is kept for repeats."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.reformatter = VideoReformatter()  # keeps its conversion tables between frames
+        self.frame: VideoFrame | None = None
+        self.pixels = np.empty(0)
+
+    def of(self, frame: VideoFrame) -> np.ndarray:
+        if frame is not self.frame:
+            small = self.reformatter.reformat(
+                frame, self.size, self.size, "rgb24", interpolation=Interpolation.BICUBIC, threads=1
+            )
+            # A square may be turned after resizing. Rotation is counter-clockwise, as in numpy.
+            self.pixels = np.rot90(small.to_ndarray(), frame.rotation // 90)
+            self.frame = frame
+        return self.pixels
+
+
+def _frames_at(
+    container: InputContainer, stream: VideoStream, timestamps: list[float], name: str
+) -> Iterator[VideoFrame]:
+    """The frame shown at each of the rising `timestamps`."""
+    reader = _Reader(container, stream, name)
+    second = 1 / stream.time_base if stream.time_base else 1
+    for timestamp in timestamps:
+        # Half a millisecond of grace: Matroska stores 2/3 s as 0.667, and asking for 2/3 s must find that frame.
+        target = reader.start + int((timestamp + 0.0005) * second)
+        reader.advance(target)
+        frame = reader.current
+        if any(frame.pts < time <= target for time in reader.damaged):
+            raise MediaError(f"{name}: the frame at {timestamp:.2f} s is damaged")
+        if reader.following is None and target > frame.pts + max(frame.duration, END_TOLERANCE * second):
+            end = float((frame.pts - reader.start) / second)
+            raise MediaError(f"{name}: no frame at {timestamp:.2f} s, its last frame begins at {end:.2f} s")
+        yield frame
+
+
+class _Reader:
+    """Walks forward through a stream, holding the frame at the current time and the one that follows it."""
+
+    def __init__(self, container: InputContainer, stream: VideoStream, name: str) -> None:
+        self.container = container
+        self.stream = stream
+        self.damaged: list[int] = []
+        """Presentation times of the damaged packets met so far."""
+        if "matroska" in container.format.name:
+            container.seek(0)  # its index is only read at the first seek
+        self.frames = self._decode()
+        first = next(self.frames, None)
+        if first is None or first.pts is None:
+            raise MediaError(f"{name}: no frame with a timestamp can be decoded")
+        self.start: int = first.pts
+        self.current: VideoFrame = first
+        self.following = next(self.frames, None)
+
+    def _decode(self) -> Iterator[VideoFrame]:
+        return decode_packets(read_packets(self.container, self.stream), self.container, self.damaged)
+
+    def advance(self, target: int) -> None:
+        """Moves until `current` is the last frame that begins at or before `target` (ticks of the stream)."""
+        if self.following is not None and self.following.pts <= target:
+            self._jump(target)
+        while self.following is not None and self.following.pts <= target:
+            self.current, self.following = self.following, next(self.frames, None)
+
+    def _jump(self, target: int) -> None:
+        """Seeks to the last key frame from which `target` can be reached, where that saves decoding."""
+        gain = int(SEEK_GAIN / self.stream.time_base) if self.stream.time_base else 0
+        index = self.stream.index_entries
+        limit = target
+        while (entry := index.search_timestamp(limit)) >= 0 and index[entry].timestamp > self.current.pts + gain:
+            self._seek(index[entry].timestamp)
+            if self.start <= self.current.pts <= target:
+                return
+            # The index may hold decoding times, which run ahead of presentation: this jump landed past the target.
+            limit = index[entry].timestamp - 1
+        if limit != target:
+            self._seek(self.start)
+
+    def _seek(self, timestamp: int) -> None:
+        self.container.seek(timestamp, stream=self.stream)
+        self.frames = self._decode()
+        self.current = next(self.frames, self.current)
+        self.following = next(self.frames, None)
