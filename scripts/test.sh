@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Everything that must hold before a change goes in: style, types, import rules, tests. Arguments go to pytest:
+#     scripts/test.sh -k caption
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+scripts/setup.sh
+export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS=1
+
+ruff check .
+ruff format --check .
+pyright
+lint-imports
+pytest -n 2 "$@"

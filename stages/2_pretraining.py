@@ -1,0 +1,50 @@
+"""Stage 2, pretraining: the language model learns to read frames, from many loosely described images and short videos.
+
+Trains the projector and the language model, from stage 1. LongVILA: interleaved and caption data (COYO-25M relabelled,
+MMC4, ShareGPT4V), rate 5e-5 with a cosine, 1,024 samples a step, rows of 4K tokens.
+
+    scripts/2_pretraining.sh --run runs/demo --scale tiny
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from longvila.config import DataConfig, FrameSampling, Phase, SourceConfig, StageConfig
+
+from .scales import stage
+
+TINY = Phase(
+    name="captions",
+    steps=250,
+    rows_per_step=2,
+    learning_rate=1e-3,
+    data=DataConfig(
+        sources=(SourceConfig("images"), SourceConfig("short")),
+        frames=FrameSampling("uniform", frames=4),
+        row_tokens=512,
+    ),
+)
+
+# 64 GPUs x 1 row of about 17 samples are 1,024 samples; one epoch of some 25 million.
+CLUSTER = Phase(
+    name="captions",
+    steps=24_000,
+    rows_per_step=1,
+    learning_rate=5e-5,
+    data=DataConfig(
+        sources=(SourceConfig("coyo_25m", 25), SourceConfig("mmc4_core", 7), SourceConfig("sharegpt4v", 1)),
+        frames=FrameSampling("uniform", frames=8),
+        row_tokens=4096,
+        workers=4,
+    ),
+)
+
+PHASES = {"tiny": (TINY,), "small": (replace(TINY, steps=100),), "1.5b": (CLUSTER,), "7b": (CLUSTER,)}
+
+
+def config(scale: str, models: Path) -> StageConfig:
+    """Pretraining at `scale`."""
+    trains = ("projector", "language_model")
+    return stage("2_pretraining", scale, models, PHASES, starts_from="1_alignment", trains=trains)
