@@ -1,0 +1,110 @@
+"""The chunked cross-entropy equals the plain one, in value and gradient."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+)
+
+from longvila.errors import ConfigError
+from longvila.model.loss import LogitHead, check_logit_head, chunked_cross_entropy
+
+from .model_parts import qwen3
+
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 0,
+    "initializer_range": 0.3,
+}
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7, 100])
+def test_value_and_gradients_equal_the_full_logits(chunk):
+    torch.manual_seed(0)
+    labels = torch.randint(0, 50, (17,))
+    labels[[0, 5, 16]] = -100
+    results = []
+    for chunked in (True, False):
+        torch.manual_seed(1)
+        head = torch.nn.Linear(8, 50).double()
+        hidden = torch.randn(17, 8, dtype=torch.float64, requires_grad=True)
+        if chunked:
+            loss, num_targets = chunked_cross_entropy(hidden, labels, head, chunk)
+            assert num_targets == 14
+        else:
+            loss = F.cross_entropy(head(hidden), labels, reduction="sum")
+        (loss * 3).backward()
+        results.append((loss.detach(), hidden.grad, head.weight.grad, head.bias.grad))
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=0, atol=1e-12)
+
+
+def test_logits_never_exist_for_more_than_a_chunk():
+    sizes = []
+
+    def head(hidden):
+        sizes.append(len(hidden))
+        return hidden.repeat(1, 2)
+
+    labels = torch.tensor([1, -100, 2, 3, -100, 0, 1, 1])
+    loss, _ = chunked_cross_entropy(torch.randn(8, 4, requires_grad=True), labels, head, 4)
+    loss.backward()
+    assert sizes == [4, 2, 4, 2] or sizes == [4, 2, 2, 4]  # forward, then recomputed
+
+
+def test_without_a_target_the_loss_is_zero_and_every_gradient_is_there():
+    head = torch.nn.Linear(8, 50)
+    hidden = torch.randn(5, 8, requires_grad=True)
+    loss, num_targets = chunked_cross_entropy(hidden, torch.full((5,), -100), head, 4)
+    loss.backward()
+    assert (loss.item(), num_targets.item()) == (0, 0)
+    assert hidden.grad.abs().sum() == 0
+    assert head.weight.grad.abs().sum() == 0
+
+
+def test_bf16_hidden_states_give_an_fp32_loss():
+    head = torch.nn.Linear(8, 50).bfloat16()
+    loss, _ = chunked_cross_entropy(torch.randn(5, 8).bfloat16(), torch.arange(5), head, 2)
+    assert loss.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: Gemma2ForCausalLM(Gemma2Config(**SMALL, final_logit_softcapping=2.0)),
+        lambda: GraniteForCausalLM(GraniteConfig(**SMALL, logits_scaling=3.0)),
+        lambda: CohereForCausalLM(CohereConfig(**SMALL, eos_token_id=1, logit_scale=0.25)),
+        qwen3,
+    ],
+    ids=["gemma2", "granite", "cohere", "qwen3"],
+)
+def test_logits_that_a_model_caps_or_scales_are_its_own(model):
+    torch.manual_seed(0)
+    model = model().eval()
+    check_logit_head(model)
+    ids = torch.randint(0, 60, (1, 9))
+    hidden = model.get_decoder()(input_ids=ids).last_hidden_state
+    torch.testing.assert_close(LogitHead(model)(hidden), model(input_ids=ids).logits)
+
+
+def test_a_model_with_an_unknown_change_of_its_logits_is_refused_by_name():
+    class Louder(type(qwen3())):
+        def forward(self, **kwargs):
+            output = super().forward(**kwargs)
+            output.logits = output.logits * 1.5
+            return output
+
+    with pytest.raises(ConfigError, match="Louder computes its logits in a way"):
+        check_logit_head(Louder(qwen3().config))
