@@ -116,7 +116,7 @@ def _fetch(cache: Path) -> tuple[bytes, list[bytes]]:
 def _decode(video: bytes) -> np.ndarray:
     """FPS centre-cropped frames a second: uint8 (num_frames, SIZE, SIZE, 3)."""
     frames = []
-    with av.open(io.BytesIO(video)) as container:
+    with av.open(io.BytesIO(video), "r") as container:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
         stream.codec_context.skip_frame = "NONREF"  # 2 of 3 frames are not wanted, and nothing depends on these

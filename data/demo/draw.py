@@ -90,6 +90,7 @@ def _sprite(image: Image.Image) -> Sprite:
 
 @lru_cache(maxsize=512)
 def _object(colour: str, shape: str, size: int) -> Sprite:
+    size = size * 5 // 4 if shape == "star" else size  # its arms are thin
     side, margin = size * SCALE, 3 * SCALE
     image = Image.new("RGBA", (side, side))
     _draw_shape(ImageDraw.Draw(image), shape, side, margin, COLOURS[colour])
@@ -108,7 +109,7 @@ def _draw_shape(pen: ImageDraw.ImageDraw, shape: str, side: int, margin: int, fi
     elif shape == "triangle":
         pen.polygon([(middle, low), (high, high), (low, high)], **style)
     elif shape == "star":
-        tips = [(-math.pi / 2 + k * math.pi / 5, radius if k % 2 == 0 else radius * 0.42) for k in range(10)]
+        tips = [(-math.pi / 2 + k * math.pi / 5, radius if k % 2 == 0 else radius * 0.46) for k in range(10)]
         pen.polygon([(middle + r * math.cos(a), middle + r * math.sin(a)) for a, r in tips], **style)
     else:
         a, b = side * 0.34, side * 0.66

@@ -51,7 +51,7 @@ def encode(frames: Iterable[np.ndarray], fps: int) -> bytes:
     """An mp4 (H.264, 4:2:0) of uint8 (SIZE, SIZE, 3) frames."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format="mp4") as container:
-        options = {"preset": "ultrafast", "crf": "23", "x264-params": "threads=1:scenecut=0"}
+        options = {"preset": "ultrafast", "crf": "27", "x264-params": "threads=1:scenecut=0"}
         stream = container.add_stream("libx264", rate=fps, options=options)
         stream.width = stream.height = SIZE
         stream.pix_fmt = "yuv420p"

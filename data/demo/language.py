@@ -86,7 +86,7 @@ def caption_messages(caption: str, medium: str, rng: random.Random) -> Messages:
 
 
 def question_messages(
-    questions: list[Question], medium: str, rng: random.Random, limit: int = 3, subtitles: str | None = None
+    questions: list[Question], medium: str, rng: random.Random, limit: int = 3, subtitle_lines: str | None = None
 ) -> Messages:
     """Up to `limit` questions that do not answer each other, two of three with options, the others open."""
     turns = []
@@ -95,8 +95,8 @@ def question_messages(
             turns.append((multiple_choice_prompt(question, medium), question.letter))
         else:
             turns.append((question.text, question.short_answer))
-    if subtitles:
-        turns[0] = (f"This video's subtitles are listed below:\n{subtitles}\n{turns[0][0]}", turns[0][1])
+    if subtitle_lines:
+        turns[0] = (f"This video's subtitles are listed below:\n{subtitle_lines}\n{turns[0][0]}", turns[0][1])
     return _conversation(turns, medium)
 
 
@@ -119,16 +119,22 @@ def still_messages(script: Script, time: float, rng: random.Random) -> Messages:
     return question_messages(questions, "image", rng)
 
 
-def subtitles(script: Script, rng: random.Random) -> str:
-    """SRT narration of a film. It tells the place in one film of two, and nothing else that is asked."""
+def narration(script: Script, rng: random.Random) -> list[tuple[int, int, str]]:
+    """(start, end, line), in seconds. It tells the place in one film of two, and nothing else that is asked."""
     spacing = max(2, script.seconds // 12)
-    lines = [_filler(rng) for _ in range(0, script.seconds, spacing)]
+    starts = range(0, script.seconds, spacing)
+    lines = [_filler(rng) for _ in starts]
     if script.place and rng.random() < 0.5:
         lines[rng.randrange(len(lines))] = f"We are {PLACE_PHRASES[script.place]}."
-    blocks = []
-    for k, line in enumerate(lines):
-        start, end = k * spacing, min((k + 1) * spacing, script.seconds)
-        blocks.append(f"{k + 1}\n{_srt_time(start)} --> {_srt_time(end)}\n{line}\n")
+    ends = [*starts[1:], script.seconds]
+    return list(zip(starts, ends, lines, strict=True))
+
+
+def subtitles(lines: list[tuple[int, int, str]]) -> str:
+    """The narration as an SRT file."""
+    blocks = (
+        f"{k}\n{_srt_time(start)} --> {_srt_time(end)}\n{line}\n" for k, (start, end, line) in enumerate(lines, start=1)
+    )
     return "\n".join(blocks)
 
 

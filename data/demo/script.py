@@ -13,8 +13,6 @@ from typing import Literal
 
 from .draw import CARD_SIZE, COLOURS, OBJECT_SIZE, PLACES, SHAPES
 
-LENGTHS = {"short": (4, 16), "medium": (24, 96), "long": (128, 1400)}
-"""Shortest and longest film of each split, in seconds."""
 DIRECTIONS = ("left", "right", "up", "down")
 LONGEST_STRIDE = 128
 """An event fills at least 1/LONGEST_STRIDE of its film, so that many frames, spread evenly, see it."""
