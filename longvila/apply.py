@@ -1,0 +1,117 @@
+"""Applies the folds to a model: the one place that knows both. The order matters and is the order of this file.
+
+1. attention: the language model's layers call `folded_attention`, plugged in by name through transformers' registries;
+2. recompute: activation checkpointing of the language model's layers;
+3. parameters: FSDP2 shards blocks, then the rest, over all ranks. Gradients are SUMMED over ranks: the loss is already
+   divided by the global count of target tokens, so no other factor may appear.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from longvila.errors import ConfigError
+from longvila.parallel.attention import FoldedPlan
+from longvila.parallel.fold import Fold
+
+ATTENTION = "longvila"
+
+# What transformers passes to attention functions and what does not change the result here: positions are already in
+# q and k, caches are off in training, and router logits are a matter of the model's output.
+_HARMLESS = {"position_ids", "position_embeddings", "use_cache", "output_router_logits", "is_causal", "cache_position"}
+
+
+def folded_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    plan: FoldedPlan | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface over a fold: q, k, v (1, heads, t, D) -> (1, t, heads, D).
+
+    Raises:
+        ConfigError: for a missing plan, or for anything that would change the result and is not implemented: a mask,
+            dropout, a window shorter than a document, bidirectional attention, softcap, sinks, unknown keywords.
+    """
+    name = type(module).__name__
+    if plan is None:
+        raise ConfigError(f"{name} under attention '{ATTENTION}' needs plan=... in the model's forward")
+    if attention_mask is not None:
+        raise ConfigError(f"{name} was given an attention mask; under '{ATTENTION}' the plan says who sees whom")
+    if dropout:
+        raise ConfigError(f"{name} uses attention dropout {dropout}; set attention_dropout=0 in its configuration")
+    if sliding_window is not None and sliding_window < max(plan.plan.lengths):
+        raise ConfigError(
+            f"{name} has a sliding window of {sliding_window} tokens, shorter than a document of "
+            f"{max(plan.plan.lengths)}; windows are not supported yet, use shorter rows or a model without windows"
+        )
+    if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+        raise ConfigError(f"{name} asks for bidirectional attention; only causal attention is supported")
+    if unknown := sorted(k for k, v in kwargs.items() if v is not None and k not in _HARMLESS):
+        raise ConfigError(f"{name} passes {unknown} to attention, which '{ATTENTION}' does not implement")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return plan.attend(query, key, value, scale).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(ATTENTION, folded_attention)
+AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
+
+
+def apply_folds(
+    model: PreTrainedModel, fold: Fold, precision: str = "fp32", recompute: bool = False, shard: bool = True
+) -> None:
+    """Makes `model` (a LongVilaModel on its device) run under `fold`, in place.
+
+    Args:
+        precision: `fp32` or `bf16` computation; parameters keep their own type as masters.
+        recompute: activation checkpointing of every language-model layer.
+        shard: FSDP2 over the world. False leaves parameters whole and gradients to the caller.
+    """
+    model.language_model.set_attn_implementation(ATTENTION)
+    if recompute:
+        model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+    if shard:
+        _shard_parameters(model, fold, precision)
+
+
+def _shard_parameters(model: nn.Module, fold: Fold, precision: str) -> None:
+    policy = (
+        MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        if precision == "bf16"
+        else MixedPrecisionPolicy()
+    )
+    mesh = fold.mesh._flatten("world")
+    for block in blocks(model):
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The repeated layers of the tower and the language model: children of every outermost list of two or more."""
+    found: list[nn.Module] = []
+
+    def visit(module: nn.Module) -> None:
+        children = list(module.children())
+        repeated = isinstance(module, (nn.ModuleList, nn.Sequential)) and len({type(c) for c in children}) == 1
+        if repeated and len(children) > 1 and any(True for _ in children[0].parameters()):
+            found.extend(children)
+            return
+        for child in children:
+            visit(child)
+
+    visit(model)
+    return found

@@ -1,0 +1,111 @@
+"""Agreements between ranks about a step, so that no rank waits for one that went another way.
+
+Each step opens with one small gather. From it every rank knows which ranks have a row, which hit an error, whether the
+ranks of a sequence group read the same row, which documents any of them could not decode, and the global count of
+target tokens by which the loss is divided.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from longvila.errors import DataError
+from longvila.parallel.fold import Fold
+
+_FAILED = -1
+_ABSENT = 0
+
+
+@dataclass(frozen=True)
+class RowView:
+    """What one rank has to say about one row of a step."""
+
+    digest: int
+    """`row_digest` of the row; 0 where this rank's data has ended."""
+    failed: tuple[int, ...] = ()
+    """Documents whose frames this rank could not decode."""
+    targets: tuple[int, ...] = ()
+    """Target tokens of each document."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What holds on every rank for one step."""
+
+    ended: bool
+    """No rank has a row left in this epoch."""
+    dropped: tuple[tuple[int, ...], ...]
+    """For each row of this rank's sequence group, the documents that the whole group drops."""
+    num_targets: int
+    """Target tokens of the step over all rows and data ranks, dropped documents left out."""
+
+
+def row_digest(*parts: object) -> int:
+    """A positive 62-bit digest of what must be equal on all ranks of a sequence group."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 2 | 1
+
+
+def agree(views: Sequence[RowView], error: Exception | None, fold: Fold) -> Agreement:
+    """Collective over the world, once a step; `views` has the same length on every rank.
+
+    Raises:
+        DataError: on every rank, if any rank passed an error, or if ranks of a sequence group read different rows.
+    """
+    mine = [(_FAILED if error else view.digest, len(view.failed), sum(view.targets)) for view in views]
+    everyone = gather(torch.tensor(mine, dtype=torch.int64)).view(fold.num_data, fold.num_sequence, len(views), 3)
+    if error is not None:
+        raise error
+    if broken := (everyone[..., 0] == _FAILED).any(-1).flatten().nonzero().flatten().tolist():
+        raise DataError(
+            f"rank {broken[0]} could not read its data and stopped (its own message says why); stopping too"
+        )
+    if (everyone[..., 0] != everyone[:, :1, :, 0]).any():
+        raise DataError(
+            "ranks of one sequence group read different rows; they must see the same shards, seed and epoch "
+            "(is one of them reading a stale or partial copy of the data?)"
+        )
+    ended = bool((everyone[..., 0] == _ABSENT).all())
+    if not everyone[..., 1].any():
+        return Agreement(ended, ((),) * len(views), int(everyone[:, 0, :, 2].sum()))
+    dropped = _union_of_failures(views, fold)
+    left = sum(
+        count
+        for view, gone in zip(views, dropped, strict=True)
+        for document, count in enumerate(view.targets)
+        if document not in gone
+    )
+    targets = gather(torch.tensor([left], dtype=torch.int64)).view(fold.num_data, fold.num_sequence)
+    return Agreement(ended, dropped, int(targets[:, 0].sum()))
+
+
+def _union_of_failures(views: Sequence[RowView], fold: Fold) -> tuple[tuple[int, ...], ...]:
+    gathered: list = [None] * fold.num_sequence
+    dist.all_gather_object(gathered, [view.failed for view in views], group=fold.sequence)
+    return tuple(tuple(sorted({document for peer in gathered for document in peer[row]})) for row in range(len(views)))
+
+
+def gather(values: Tensor) -> Tensor:
+    """(world, *values.shape): `values` of every rank, in rank order. CPU tensors."""
+    out = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+    dist.all_gather(out, values)
+    return torch.stack(out)
+
+
+def sum_over_world(value: float) -> float:
+    """The sum of one number over all ranks, in rank order, so that every rank gets the same bits."""
+    return float(gather(torch.tensor([value], dtype=torch.float64)).sum())
+
+
+def any_rank(flag: bool) -> bool:
+    """True on every rank if it is True on any."""
+    return bool(gather(torch.tensor([int(flag)])).any())
+
+
+def barrier() -> None:
+    dist.barrier()

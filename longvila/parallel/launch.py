@@ -1,0 +1,79 @@
+"""Runs a function on several gloo ranks of this machine, for checks and tests. Training is launched by torchrun."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class RankError(RuntimeError):
+    """A rank raised; the message holds the traceback of each that did."""
+
+
+def run_ranks(function: Callable[..., Any], ranks: int, *args: Any, timeout: float = 120.0) -> list[Any]:
+    """Calls `function(*args)` on `ranks` forked processes that share a gloo world, one thread each.
+
+    Forked, since spawning imports torch anew in each; the parent must not hold CUDA.
+
+    Returns:
+        What each rank returned, in rank order.
+
+    Raises:
+        RankError: with every rank's own traceback, or the ranks that did not answer within `timeout` seconds.
+    """
+    context = multiprocessing.get_context("fork")
+    with tempfile.TemporaryDirectory() as folder:
+        pipes, processes = [], []
+        for rank in range(ranks):
+            receiver, sender = context.Pipe(duplex=False)
+            target = (function, args, rank, ranks, os.path.join(folder, "store"), sender, timeout)
+            process = context.Process(target=_rank_main, args=target, daemon=True)
+            process.start()
+            sender.close()
+            pipes.append(receiver)
+            processes.append(process)
+        answers = [_receive(pipe, timeout) for pipe in pipes]
+        for process in processes:
+            process.join(timeout=5)
+            process.kill()
+    if failed := [f"rank {rank}:\n{text}" for rank, (ok, text) in enumerate(answers) if not ok]:
+        raise RankError("\n".join(failed))
+    return [value for _, value in answers]
+
+
+def _receive(pipe: Any, timeout: float) -> tuple[bool, Any]:
+    try:
+        if pipe.poll(timeout):
+            return pipe.recv()
+        return False, f"no answer within {timeout} s"
+    except EOFError:
+        return False, "the process ended without an answer"
+
+
+def _rank_main(
+    function: Callable[..., Any], args: tuple, rank: int, ranks: int, store: str, pipe: Any, timeout: float
+) -> None:
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group(
+            "gloo",
+            store=dist.FileStore(store, ranks),
+            rank=rank,
+            world_size=ranks,
+            timeout=timedelta(seconds=timeout),
+        )
+        answer = (True, function(*args))
+    except BaseException:
+        answer = (False, traceback.format_exc())
+    pipe.send(answer)
+    pipe.close()
+    # No clean-up: peers of a failed rank would wait for each other in it.
+    os._exit(0)

@@ -1,0 +1,112 @@
+"""Feeds a training loop with the rows of each step, agreed on by all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from longvila.shards.loader import RowLoader
+from longvila.shards.rows import Row
+
+from longvila.errors import DataError
+from longvila.parallel.agree import Agreement, RowView, agree, row_digest
+from longvila.parallel.fold import Fold
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Step:
+    """The rows of one optimizer step on this rank's sequence group, and the step's global count of targets."""
+
+    rows: tuple[Row, ...]
+    num_targets: int
+    num_dropped: int
+    """Documents of this group's rows that were dropped because a rank could not decode them."""
+
+
+class RowFeed:
+    """Endless steps over the epochs of a loader.
+
+    An epoch ends on all ranks together: a rank whose data ends early takes part with empty rows until all have ended,
+    so nothing is left unread and nobody waits. A document that one rank cannot decode is dropped by its whole group.
+    """
+
+    def __init__(self, loader: RowLoader, fold: Fold, rows_per_step: int, epoch: int = 0, rows: int = 0) -> None:
+        self.epoch, self.rows = epoch, rows
+        self._loader, self._fold, self._rows_per_step = loader, fold, rows_per_step
+        self._iterator = iter(loader.epoch(epoch, skip=rows))
+
+    def next_step(self) -> Step:
+        """The rows of the next step.
+
+        Raises:
+            DataError: on every rank, when any rank cannot go on, or when a whole epoch held no usable row.
+        """
+        rows, agreement = self._read()
+        if agreement.ended:
+            if self.rows == 0:
+                raise DataError(f"no usable sample in epoch {self.epoch}; check the shards and the list of bad samples")
+            self.epoch, self.rows = self.epoch + 1, 0
+            self._iterator = iter(self._loader.epoch(self.epoch))
+            rows, agreement = self._read()
+            if agreement.ended:
+                raise DataError(f"no usable sample in epoch {self.epoch}; check the shards and the list of bad samples")
+        self.rows += self._rows_per_step
+        kept = tuple(
+            without_documents(row, gone) if row else self._empty_row()
+            for row, gone in zip(rows, agreement.dropped, strict=True)
+        )
+        return Step(kept, agreement.num_targets, sum(len(gone) for gone in agreement.dropped))
+
+    def _read(self) -> tuple[list[Row | None], Agreement]:
+        rows: list[Row | None] = [None] * self._rows_per_step
+        error: Exception | None = None
+        try:
+            for index in range(self._rows_per_step):
+                rows[index] = next(self._iterator, None)
+        except Exception as caught:  # told to every rank by `agree`, which raises it again here
+            error = caught
+        return rows, agree([_view(row) for row in rows], error, self._fold)
+
+    def _empty_row(self) -> Row:
+        num_tokens = 2 * self._fold.num_sequence
+        return Row(
+            input_ids=torch.zeros(num_tokens, dtype=torch.long),
+            labels=torch.full((num_tokens,), IGNORE),
+            position_ids=torch.arange(num_tokens),
+            lengths=(num_tokens,),
+            keys=("",),
+            num_frames=(0,),
+            frames=torch.zeros((0, 3, self._loader.image_size, self._loader.image_size), dtype=torch.uint8),
+            failed=(),
+        )
+
+
+def iterate(feed: RowFeed, steps: int) -> Iterator[Step]:
+    """The next `steps` steps of `feed`."""
+    for _ in range(steps):
+        yield feed.next_step()
+
+
+def without_documents(row: Row, gone: tuple[int, ...]) -> Row:
+    """The row with no target left in the documents `gone`. Documents do not see each other, so that drops them."""
+    if not gone:
+        return row
+    labels, start = row.labels.clone(), 0
+    for document, length in enumerate(row.lengths):
+        if document in gone:
+            labels[start : start + length] = IGNORE
+        start += length
+    return replace(row, labels=labels)
+
+
+def _view(row: Row | None) -> RowView:
+    if row is None:
+        return RowView(0)
+    return RowView(
+        digest=row_digest(row.keys, row.lengths, row.num_frames, row.input_ids.sum().item()),
+        failed=tuple(document for document, _ in row.failed),
+        targets=tuple(int((labels != IGNORE).sum()) for labels in row.labels.split(list(row.lengths))),
+    )

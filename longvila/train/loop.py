@@ -1,0 +1,293 @@
+"""Trains one stage: the start, the loop and the end of a run.
+
+`train` reads as the story of a stage. Every rank runs it; what ranks are for is decided by the folds (`apply.py`), and
+what they agree on each step by `feed.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from longvila.shards.loader import RowLoader
+from longvila.shards.rows import Row
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedTokenizerBase
+
+from longvila import config as configuration
+from longvila.apply import apply_folds
+from longvila.config import PARTS, Phase, StageConfig
+from longvila.errors import ConfigError, LongvilaError
+from longvila.model.build import build_model, load_model, save_model
+from longvila.model.chat import encode_messages, encode_text
+from longvila.model.rope import set_rope_theta
+from longvila.model.vlm import LongVilaModel
+from longvila.parallel.agree import any_rank, barrier, sum_over_world
+from longvila.parallel.batch import shard_row
+from longvila.parallel.fold import Fold, make_fold, start_world
+from longvila.train.checkpoint import Position, load_checkpoint, save_checkpoint
+from longvila.train.feed import RowFeed, Step
+from longvila.train.metrics import Metrics
+from longvila.train.optimizer import (
+    add_lora,
+    choose_trained,
+    learning_rate,
+    make_optimizer,
+    phase_at,
+    set_learning_rate,
+)
+from longvila.train.summary import write_summary
+
+log = logging.getLogger(__name__)
+
+
+def train(config: StageConfig, run: Path, data: Path) -> Path:
+    """Runs one stage, or what is left of it, and returns the folder of its final model.
+
+    Args:
+        run: the run's folder; the stage lives in `run/config.name`.
+        data: the data root that relative shard paths start from.
+
+    Raises:
+        ConfigError: a missing or foreign input checkpoint, a folder that holds another run, a fold that does not fit.
+        DataError: on every rank, when the data cannot go on.
+    """
+    device = start_world()
+    folder = run / config.name
+    if claim_folder(folder, config):
+        log.info("%s is complete: %s", config.name, folder / "model")
+        return folder / "model"
+    torch.manual_seed(config.seed)
+    fold = make_fold(config.parallel, device.type)
+    state = _start(config, run, fold, device)
+    before = part_checksums(state.model)
+    started = time.time()
+    _run_steps(state, folder, data)
+    moved = {part: any_rank(before[part] != after) for part, after in part_checksums(state.model).items()}
+    if wrong := [part for part in PARTS if moved[part] != (part in config.trains)]:
+        raise LongvilaError(f"{config.name} trains {config.trains}, but what moved is {moved}: {wrong} went wrong")
+    _finish(state, run, moved, time.time() - started)
+    return folder / "model"
+
+
+@dataclass
+class TrainingState:
+    """Everything that a stage's loop holds."""
+
+    config: StageConfig
+    fold: Fold
+    device: torch.device
+    model: LongVilaModel
+    tokenizer: PreTrainedTokenizerBase
+    optimizer: torch.optim.Optimizer
+
+
+def claim_folder(folder: Path, config: StageConfig) -> bool:
+    """Makes the stage's folder and saves the configuration; True where the stage is already complete.
+
+    Raises:
+        ConfigError: where the folder holds a run of another configuration.
+    """
+    text, path = configuration.to_json(config), folder / "config.json"
+    if path.exists() and path.read_text() != text:
+        raise ConfigError(
+            f"{folder} holds a run with another configuration ({path} differs); use another --run, or remove the folder"
+        )
+    complete = (folder / "model" / "config.json").exists()
+    barrier()
+    if dist.get_rank() == 0 and not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    barrier()
+    return complete
+
+
+def load_start(config: StageConfig, run: Path) -> tuple[LongVilaModel, PreTrainedTokenizerBase]:
+    """The model that a stage starts from, its trained parameters chosen and its adapters in place."""
+    if config.starts_from is None:
+        model, tokenizer = build_model(config.model, seed=config.seed)
+    else:
+        previous = run / config.starts_from / "model"
+        if not (previous / "config.json").exists():
+            raise ConfigError(
+                f"{config.name} starts from {config.starts_from}, but {previous} has no model; run that stage first"
+            )
+        model, tokenizer = load_model(previous)
+    return model, tokenizer
+
+
+def prepare(model: LongVilaModel, config: StageConfig) -> Callable[[], object]:
+    """Chooses what trains and adds adapters, in place; returns what folds the adapters back into the weights."""
+    choose_trained(model, config.trains)
+    if config.lora is None:
+        return lambda: None
+    if "language_model" not in config.trains:
+        raise ConfigError(f"{config.name} has LoRA settings, but does not train the language model")
+    return add_lora(model.language_model, config.lora).merge_and_unload
+
+
+def _start(config: StageConfig, run: Path, fold: Fold, device: torch.device) -> TrainingState:
+    model, tokenizer = load_start(config, run)
+    prepare(model, config)
+    model.to(device).train()
+    apply_folds(model, fold, config.precision, config.recompute)
+    optimizer = make_optimizer(model, config.optimizer)
+    if dist.get_rank() == 0:
+        log.info("%s trains %s", config.name, describe_parameters(model))
+    return TrainingState(config, fold, device, model, tokenizer, optimizer)
+
+
+def _run_steps(state: TrainingState, folder: Path, data: Path) -> None:
+    config = state.config
+    position = load_checkpoint(folder / "checkpoints", state.model, state.optimizer) or Position()
+    if position.step:
+        log.info("%s continues at step %d", config.name, position.step)
+    feed: RowFeed | None = None
+    with Metrics(folder, config.name, config.steps, position.step, active=dist.get_rank() == 0) as metrics:
+        for step in range(position.step, config.steps):
+            index, step_of_phase = phase_at(config, step)
+            phase = config.phases[index]
+            if feed is None or step_of_phase == 0:
+                start = position if step_of_phase else Position()
+                loader = _make_loader(state, phase, data)
+                feed = RowFeed(loader, state.fold, phase.rows_per_step, start.epoch, start.rows)
+                extend_context(state.model, config.phases[: index + 1])
+            started = time.time()
+            batch = feed.next_step()
+            rate = learning_rate(phase, step_of_phase)
+            figures = take_step(state, batch, rate)
+            metrics.record(step + 1, {"phase": phase.name, **figures, "seconds": time.time() - started})
+            done = step + 1
+            if config.checkpoint_every and done % config.checkpoint_every == 0 and done < config.steps:
+                position = Position(done, feed.epoch, feed.rows)
+                save_checkpoint(folder / "checkpoints", state.model, state.optimizer, position, config.checkpoints_kept)
+
+
+def take_step(state: TrainingState, batch: Step, rate: float) -> dict[str, float]:
+    """One optimizer step; returns its figures, equal on all ranks.
+
+    Raises:
+        LongvilaError: on every rank, when the loss or the gradient norm is not finite.
+    """
+    if batch.num_targets == 0:
+        raise LongvilaError(f"no target token in the whole step (samples {[row.keys for row in batch.rows]})")
+    state.optimizer.zero_grad()
+    loss = 0.0
+    for row in batch.rows:
+        output = forward_row(state, row)
+        # The only division: from here on every gradient is a plain sum over ranks.
+        (output / batch.num_targets).backward()
+        loss += output.item()
+    loss = sum_over_world(loss) / batch.num_targets
+    trained = [p for p in state.model.parameters() if p.requires_grad]
+    clip = state.config.optimizer.clip or float("inf")
+    norm = torch.nn.utils.clip_grad_norm_(trained, clip)
+    grad_norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    if not (abs(loss) < float("inf") and grad_norm < float("inf")):
+        raise LongvilaError(f"loss {loss}, gradient norm {grad_norm} on samples {[row.keys for row in batch.rows]}")
+    set_learning_rate(state.optimizer, rate)
+    state.optimizer.step()
+    return {
+        "loss": loss,
+        "lr": rate,
+        "grad_norm": grad_norm,
+        "tokens": sum_over_world(sum(sum(row.lengths) for row in batch.rows)) / state.fold.num_sequence,
+        "frames": sum_over_world(sum(sum(row.num_frames) for row in batch.rows)) / state.fold.num_sequence,
+        "target_tokens": batch.num_targets,
+        "dropped": sum_over_world(batch.num_dropped) / state.fold.num_sequence,
+    }
+
+
+def forward_row(state: TrainingState, row: Row) -> torch.Tensor:
+    """Sum of the cross-entropy over this rank's targets of one row."""
+    model, device = state.model, state.device
+    local = shard_row(
+        row.input_ids.to(device),
+        row.labels.to(device),
+        row.position_ids.to(device),
+        row.lengths,
+        row.input_ids == model.config.frame_token_id,
+        model.projector.tokens_per_frame,
+        state.fold,
+        state.config.parallel.layout,
+    )
+    output = model(
+        input_ids=local.input_ids,
+        frames=row.frames.to(device),
+        position_ids=local.position_ids,
+        labels=local.labels,
+        route=local.route,
+        plan=local.plan,
+    )
+    return output.loss_sum
+
+
+def _make_loader(state: TrainingState, phase: Phase, data: Path) -> RowLoader:
+    model, tokenizer = state.model, state.tokenizer
+    tokens_per_frame = model.projector.tokens_per_frame
+
+    def encode(messages: list[dict], text: str | None, num_frames: int) -> tuple[list[int], list[int]]:
+        if messages:
+            return encode_messages(tokenizer, messages, num_frames, tokens_per_frame)
+        return encode_text(tokenizer, text or "")
+
+    return RowLoader(
+        phase.data, data, encode, tokens_per_frame, model.vision.image_size,
+        data_rank=state.fold.data_rank, num_data_ranks=state.fold.num_data,
+        sequence_rank=state.fold.sequence_rank, num_sequence_ranks=state.fold.num_sequence,
+        seed=state.config.seed,
+    )  # fmt: skip
+
+
+def extend_context(model: LongVilaModel, phases: Sequence[Phase]) -> None:
+    """Sets the RoPE base that the last of `phases` to name one asks for."""
+    if bases := [phase.rope_theta for phase in phases if phase.rope_theta is not None]:
+        set_rope_theta(model.language_model, bases[-1])
+
+
+def _finish(state: TrainingState, run: Path, moved: dict[str, bool], seconds: float) -> None:
+    """Writes the final model, adapters merged, in Hugging Face format, and the stage's summary."""
+    config, folder = state.config, run / state.config.name
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(state.model, options=options)
+    if dist.get_rank() == 0:
+        model, tokenizer = load_start(config, run)
+        merge = prepare(model, config)
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+        tied = set(model.all_tied_weights_keys)
+        if unexpected or set(missing) - tied:
+            raise LongvilaError(f"final weights do not fit the model: missing {missing}, unexpected {unexpected}")
+        extend_context(model, config.phases)
+        merge()
+        write_summary(folder, config, state.model, moved, seconds)
+        save_model(model, tokenizer, folder / "model")
+    barrier()
+
+
+def part_checksums(model: LongVilaModel) -> dict[str, int]:
+    """A checksum of this rank's share of every part's parameters, to tell which parts moved."""
+    sums = {}
+    for part in PARTS:
+        sums[part] = 0
+        for parameter in getattr(model, part).parameters():
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            raw = local.detach().cpu().contiguous().view(torch.uint8).numpy()
+            sums[part] = zlib.crc32(raw.tobytes(), sums[part])
+    return sums
+
+
+def describe_parameters(model: LongVilaModel) -> dict[str, str]:
+    """`{"projector": "12,345 of 12,345", ...}`: trained parameters of each part."""
+    counts = {}
+    for part in PARTS:
+        parameters = list(getattr(model, part).parameters())
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        counts[part] = f"{trained:,} of {sum(p.numel() for p in parameters):,}"
+    return counts
