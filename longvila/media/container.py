@@ -13,6 +13,7 @@ from pathlib import Path
 
 import av
 from av.container import InputContainer
+from av.error import EOFError, FFmpegError, InvalidDataError
 from av.packet import Packet
 from av.stream import Disposition
 from av.video.frame import VideoFrame
@@ -40,15 +41,21 @@ def open_video(media: bytes | Path, name: str) -> Iterator[tuple[InputContainer,
     try:
         # A playlist that poses as a video must not make a training job open network addresses.
         options = {"protocol_whitelist": "file"}
-        with av.open(source, options=options, metadata_errors="replace") as container:
+        with av.open(source, "r", options=options, metadata_errors="replace") as container:
             videos = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
             if not videos:
                 kinds = sorted({stream.type for stream in container.streams})
                 raise MediaError(f"{name}: has no video stream, only {', '.join(kinds) or 'nothing'}")
             videos[0].codec_context.thread_count = 1
             yield container, videos[0]
-    except (av.error.FFmpegError, OSError) as error:
+    except (FFmpegError, OSError) as error:
         raise MediaError(f"{name}: cannot be read as a video ({error.strerror or error})") from error
+
+
+def ticks_per_second(stream: VideoStream) -> float:
+    """Ticks are the units in which the container counts this stream's times."""
+    assert stream.time_base is not None, "every demuxed stream has a time base"
+    return float(1 / stream.time_base)
 
 
 def read_packets(container: InputContainer, stream: VideoStream) -> Iterator[Packet[VideoStream]]:
@@ -57,14 +64,14 @@ def read_packets(container: InputContainer, stream: VideoStream) -> Iterator[Pac
     while True:
         try:
             yield next(packets)
-        except (StopIteration, av.error.InvalidDataError, av.error.EOFError):
+        except (StopIteration, InvalidDataError, EOFError):
             return
 
 
 def decode_packets(
     packets: Iterator[Packet[VideoStream]], container: InputContainer, damaged: list[int]
-) -> Iterator[VideoFrame]:
-    """The frames of `packets` in order of presentation; times of packets that cannot be decoded go to `damaged`.
+) -> Iterator[tuple[int, VideoFrame]]:
+    """Frames with the time each begins (ticks of the stream), in that order; damaged packets' times go to `damaged`.
 
     AVI stores no presentation times, and FFmpeg reports the order of storage instead. There the n-th frame that leaves
     the decoder takes the time of the n-th packet that entered it.
@@ -74,12 +81,12 @@ def decode_packets(
         time = packet.pts if packet.pts is not None else packet.dts
         try:
             frames = packet.decode()
-        except av.error.InvalidDataError:
+        except InvalidDataError:
             damaged.append(time or 0)
             continue
         if stored_order is not None and packet.size:
             stored_order.append(time)
         for frame in frames:
-            if stored_order:
-                frame.pts = stored_order.popleft()
-            yield frame
+            begins = stored_order.popleft() if stored_order else frame.pts
+            if begins is not None:
+                yield begins, frame

@@ -1,8 +1,8 @@
 """Video bytes to small square RGB frames at given moments.
 
-Frames are addressed by time, never by index: containers disagree on indices when frame rates vary or edit lists exist.
-The frame at time t is the last one that begins at or before t. Each wanted frame is resized to (size, size), without
-keeping its shape, as SigLIP's preprocessing does, inside the decode loop, so a long film never sits in memory undecoded.
+Frames are addressed by time, never by index: indices mean different things when frame rates vary or edit lists exist.
+The frame at time t is the last one that begins at or before t. Each wanted frame is resized to (size, size), as
+SigLIP's preprocessing does without keeping its shape, inside the decode loop: a film in full size never sits in memory.
 
 Between two wanted frames the decoder runs on, unless the file's index has a key frame at least `SEEK_GAIN` seconds
 ahead from which the wanted frame can be reached: then it jumps there.
@@ -23,7 +23,7 @@ from av.video.stream import VideoStream
 from PIL import Image, ImageOps
 
 from longvila.errors import MediaError
-from longvila.media.container import decode_packets, open_video, read_packets
+from longvila.media.container import decode_packets, open_video, read_packets, ticks_per_second
 
 SEEK_GAIN = 0.5
 """Seconds of video that a jump must save: after one, the decoder has to fill its reordering queue again."""
@@ -91,56 +91,59 @@ def _frames_at(
 ) -> Iterator[VideoFrame]:
     """The frame shown at each of the rising `timestamps`."""
     reader = _Reader(container, stream, name)
-    second = 1 / stream.time_base if stream.time_base else 1
     for timestamp in timestamps:
         # Half a millisecond of grace: Matroska stores 2/3 s as 0.667, and asking for 2/3 s must find that frame.
-        target = reader.start + int((timestamp + 0.0005) * second)
+        target = reader.start + int((timestamp + 0.0005) * reader.second)
         reader.advance(target)
-        frame = reader.current
-        if any(frame.pts < time <= target for time in reader.damaged):
+        begins, frame = reader.current
+        if any(begins < time <= target for time in reader.damaged):
             raise MediaError(f"{name}: the frame at {timestamp:.2f} s is damaged")
-        if reader.following is None and target > frame.pts + max(frame.duration, END_TOLERANCE * second):
-            end = float((frame.pts - reader.start) / second)
-            raise MediaError(f"{name}: no frame at {timestamp:.2f} s, its last frame begins at {end:.2f} s")
+        if reader.following is None and target > begins + max(frame.duration, END_TOLERANCE * reader.second):
+            last = (begins - reader.start) / reader.second
+            raise MediaError(f"{name}: no frame at {timestamp:.2f} s, its last frame begins at {last:.2f} s")
         yield frame
 
 
 class _Reader:
-    """Walks forward through a stream, holding the frame at the current time and the one that follows it."""
+    """Walks forward through a stream, holding the frame at the current time and the one that follows it.
+
+    Frames come with the time they begin; times are whole ticks of the stream, `second` of them to a second.
+    """
 
     def __init__(self, container: InputContainer, stream: VideoStream, name: str) -> None:
         self.container = container
         self.stream = stream
+        self.second = ticks_per_second(stream)
         self.damaged: list[int] = []
-        """Presentation times of the damaged packets met so far."""
+        """Times of the damaged packets met so far."""
         if "matroska" in container.format.name:
             container.seek(0)  # its index is only read at the first seek
         self.frames = self._decode()
         first = next(self.frames, None)
-        if first is None or first.pts is None:
+        if first is None:
             raise MediaError(f"{name}: no frame with a timestamp can be decoded")
-        self.start: int = first.pts
-        self.current: VideoFrame = first
+        self.start = first[0]
+        self.current = first
         self.following = next(self.frames, None)
 
-    def _decode(self) -> Iterator[VideoFrame]:
+    def _decode(self) -> Iterator[tuple[int, VideoFrame]]:
         return decode_packets(read_packets(self.container, self.stream), self.container, self.damaged)
 
     def advance(self, target: int) -> None:
-        """Moves until `current` is the last frame that begins at or before `target` (ticks of the stream)."""
-        if self.following is not None and self.following.pts <= target:
+        """Moves until `current` is the last frame that begins at or before `target`."""
+        if self.following is not None and self.following[0] <= target:
             self._jump(target)
-        while self.following is not None and self.following.pts <= target:
+        while self.following is not None and self.following[0] <= target:
             self.current, self.following = self.following, next(self.frames, None)
 
     def _jump(self, target: int) -> None:
         """Seeks to the last key frame from which `target` can be reached, where that saves decoding."""
-        gain = int(SEEK_GAIN / self.stream.time_base) if self.stream.time_base else 0
+        worth = self.current[0] + SEEK_GAIN * self.second
         index = self.stream.index_entries
         limit = target
-        while (entry := index.search_timestamp(limit)) >= 0 and index[entry].timestamp > self.current.pts + gain:
+        while (entry := index.search_timestamp(limit)) >= 0 and index[entry].timestamp > worth:
             self._seek(index[entry].timestamp)
-            if self.start <= self.current.pts <= target:
+            if self.start <= self.current[0] <= target:
                 return
             # The index may hold decoding times, which run ahead of presentation: this jump landed past the target.
             limit = index[entry].timestamp - 1

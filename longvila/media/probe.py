@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from longvila.errors import MediaError
-from longvila.media.container import decode_packets, open_video, read_packets
+from longvila.media.container import decode_packets, open_video, read_packets, ticks_per_second
 
 
 @dataclass(frozen=True)
@@ -53,23 +53,22 @@ def probe(media: bytes | Path, name: str) -> VideoInfo:
         first = next(decode_packets(packets, container, damaged=[]), None)
         if first is None:
             raise MediaError(f"{name}: none of its {len(shown)} video packets can be decoded")
+        start, frame = first
         for _ in packets:
             pass  # the rest is counted, not decoded
-        time_base, rate, codec = stream.time_base, stream.average_rate, stream.codec_context.name
-    if first.pts is None or time_base is None:
-        raise MediaError(f"{name}: its frames carry no timestamps; put it in a container (mp4, mkv)")
+        second, rate, codec = ticks_per_second(stream), stream.average_rate, stream.codec_context.name
     # Leading frames that cannot be decoded precede the first shown one, and are not counted.
-    shown = [(time, duration) for time, duration in shown if time >= first.pts]
+    shown = [(time, duration) for time, duration in shown if time >= start]
     last, last_duration = max(shown)
     if not last_duration and len(shown) > 1:
-        last_duration = (last - first.pts) / (len(shown) - 1)
-    duration = float((last + last_duration - first.pts) * time_base) or 1 / float(rate or 1)
+        last_duration = (last - start) / (len(shown) - 1)
+    duration = (last + last_duration - start) / second or 1 / float(rate or 1)
     return VideoInfo(
         duration=duration,
         fps=len(shown) / duration,
         num_frames=len(shown),
-        width=first.width,
-        height=first.height,
+        width=frame.width,
+        height=frame.height,
         codec=codec,
-        rotation=first.rotation % 360,
+        rotation=frame.rotation % 360,
     )

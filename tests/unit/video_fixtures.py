@@ -59,7 +59,8 @@ def make_video(
     """
     file = io.BytesIO()
     with av.open(file, "w", format=container, options=container_options or {}) as output:
-        stream = output.add_stream(codec, rate=fps, options=options or {"crf": "18"})
+        stream = output.add_stream(codec, rate=fps, options=options or {})
+        assert isinstance(stream, av.VideoStream)
         stream.width, stream.height = width, height
         stream.pix_fmt = "yuv420p" if width % 2 == 0 and height % 2 == 0 else "yuv444p"
         stream.codec_context.time_base = Fraction(1, fps)
@@ -80,6 +81,7 @@ def make_audio(seconds: int = 1) -> bytes:
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as output:
         stream = output.add_stream("aac", rate=8000, layout="mono")
+        assert isinstance(stream, av.AudioStream)
         for start in range(0, seconds * 8000, 1024):
             frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), dtype=np.float32), format="fltp", layout="mono")
             frame.sample_rate, frame.pts = 8000, start
