@@ -56,7 +56,7 @@ class Case:
 # Frames and text unevenly spread, single-token documents, a document without an answer, a row without any frame, and
 # answers so few that on most meshes some rank has none.
 MIXED = (Document(3, 5, 11, 4), Document(1, 0, 0, 0), Document(2, 1, 3, 1), Document(29, 0, 2, 1), Document(0, 2, 6, 0))
-TEXT = (Document(13, 0, 4, 3), Document(7, 0, 1, 1))
+TEXT = (Document(3, 0, 14, 13), Document(7, 0, 1, 1))
 VIDEO = (Document(2, 7, 3, 1),)
 
 
