@@ -1,0 +1,136 @@
+"""Captions of whole films, against what is known to happen in them.
+
+    longvila eval captioning --checkpoint DIR --data FOLDER
+
+FOLDER/captions.jsonl holds {"video", "caption", "events"} lines: the film (below FOLDER/videos/ or FOLDER), a reference
+caption, and phrases for what happens. The prompt is LongVILA's (Chen et al. 2024), whose 0-5 judge is a closed model.
+Measured here:
+
+- event recall: the share of events named in the caption. An event is named when its words stand in the caption one
+  after the other; case and punctuation aside. Recall is taken over all events of all films.
+- ROUGE-L, F-measure with stemming (Lin 2004; rouge-score), mean over films, 0 to 1.
+- chrF of the whole set of captions (Popovic 2015; sacrebleu), 0 to 100.
+- how many captions differ: one caption for every film is no caption.
+
+`-o swap=true` shows each film's question with the frames of another film: what a caption owes to guessing.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rouge_score.rouge_scorer import RougeScorer
+from sacrebleu.metrics.chrf import CHRF
+
+from longvila.config import FrameSampling
+from longvila.errors import ConfigError, DataError
+from longvila.evaluate.films import derangement, film_refs, spread
+from longvila.evaluate.runner import Request
+
+PROMPT = "Elaborate on the visual and narrative elements of the video in detail."
+
+
+def requests(
+    data: Path, frames: int = 1400, fps: float | None = 1.0, swap: bool = False, max_new_tokens: int = 256
+) -> list[Request]:
+    """One request a film.
+
+    Args:
+        frames: the most frames of a film; past it, and always where `fps` is none, that many are spread over it.
+        fps: frames a second.
+        swap: shows the frames of another film.
+
+    Raises:
+        ConfigError: no captions.jsonl, a line without a field, or a swap with a single film.
+    """
+    films = read_captions(data)
+    shown = derangement(list(films)) if swap else {name: name for name in films}
+    sampling = FrameSampling("uniform" if fps is None else "fps", frames, fps or 1.0)
+    return [
+        Request(
+            id=name,
+            frames=film_refs(find_film(data, shown[name]), sampling),
+            question=PROMPT,
+            max_new_tokens=max_new_tokens,
+            metadata={"caption": film["caption"], "events": film["events"], "shown": shown[name]},
+        )
+        for name, film in films.items()
+    ]
+
+
+def read_captions(data: Path) -> dict[str, dict[str, Any]]:
+    """The lines of captions.jsonl by film name."""
+    path = data / "captions.jsonl"
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file; it holds {{video, caption, events}} lines")
+    films = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            film = json.loads(line)
+            films[film["video"]] = {"caption": film["caption"], "events": list(film["events"])}
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path}, line {number}: not a {{video, caption, events}} object ({error})") from None
+    return films
+
+
+def find_film(data: Path, name: str) -> Path:
+    """A film named with or without its suffix, below `videos/` or the folder itself."""
+    for folder in (data / "videos", data):
+        if (folder / name).is_file():
+            return folder / name
+        if matches := sorted(folder.glob(f"{name}.*")):
+            return matches[0]
+    return data / "videos" / name  # missing: the runner counts and names it
+
+
+def score(requests: Sequence[Request], responses: Mapping[str, str | None]) -> dict[str, Any]:
+    """Event recall, ROUGE-L, chrF, and how many captions differ. A film without a caption counts as an empty one."""
+    captions = {request.id: responses[request.id] or "" for request in requests}
+    references = {request.id: request.metadata["caption"] for request in requests}
+    found = {request.id: named_events(captions[request.id], request.metadata["events"]) for request in requests}
+    num_events = sum(len(request.metadata["events"]) for request in requests)
+    if num_events == 0:
+        raise DataError("captions.jsonl names no events, so there is no recall to measure")
+    rouge = RougeScorer(["rougeL"], use_stemmer=True)
+    rouge_l = [rouge.score(references[name], captions[name])["rougeL"].fmeasure for name in captions]
+    chrf = CHRF().corpus_score(list(captions.values()), [list(references.values())]).score
+    return {
+        "event_recall": sum(map(len, found.values())) / num_events,
+        "num_events": num_events,
+        "rouge_l": sum(rouge_l) / len(rouge_l),
+        "chrf": chrf,
+        "num_films": len(captions),
+        "num_distinct": len(set(captions.values())),
+        "no_response": sum(responses[name] is None for name in captions),
+        "matching": "an event counts when its words stand in the caption in a row; case and punctuation aside",
+        "examples": [_example(request, captions[request.id], found[request.id]) for request in requests[:4]],
+    }
+
+
+def named_events(caption: str, events: Sequence[str]) -> list[str]:
+    """The events whose words stand in `caption` one after the other."""
+    text = f" {_words(caption)} "
+    return [event for event in events if _words(event) and f" {_words(event)} " in text]
+
+
+def _words(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.lower()))
+
+
+def _example(request: Request, caption: str, found: list[str]) -> dict[str, Any]:
+    return {
+        "id": request.id,
+        "question": request.question,
+        "response": caption,
+        "reference": request.metadata["caption"],
+        "events": request.metadata["events"],
+        "found": found,
+        "shown": f"{len(request.frames)} frames of {request.metadata['shown']}",
+        "frames": spread(request.frames, 4),
+    }

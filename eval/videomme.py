@@ -1,0 +1,275 @@
+"""VideoMME (Fu et al. 2024): multiple-choice questions on short, medium and long films.
+
+    longvila eval videomme --checkpoint DIR --data FOLDER
+
+FOLDER holds `videomme.json` in the layout of the official result file (without "response"), `videos/` with films named
+by "video_id", and `subtitles/` with .srt files of the same names. The prompt is the official one. What the official
+script reads is written beside the scores: `videomme-result.json`.
+
+Two protocols are in use, and both are reported, since they may differ on the same answers:
+
+- official: some lead-ins are removed and the first of A, B, C, D in the text counts, so "Answer: B" is read as A. An
+  answer without any of them leaves the denominator.
+- lmms-eval (0.7): formats in order of trust, the last place of the best format; without a letter the answer is wrong.
+
+The unanswered count of each stands beside its accuracy.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from longvila.config import FrameSampling
+from longvila.errors import ConfigError
+from longvila.evaluate.films import derangement, film_refs, spread
+from longvila.evaluate.runner import FrameRef, Request
+
+INSTRUCTION = (
+    "Select the best answer to the following multiple-choice question based on the video. "
+    "Respond with only the letter (A, B, C, or D) of the correct option."
+)
+DURATIONS = ("short", "medium", "long")
+
+
+def requests(
+    data: Path,
+    frames: int = 1400,
+    fps: float | None = 1.0,
+    subtitles: bool = False,
+    swap: bool = False,
+    max_new_tokens: int = 12,
+) -> list[Request]:
+    """One request a question.
+
+    Args:
+        frames: the most frames of a film; past it, and always where `fps` is none, that many are spread over it.
+        fps: frames a second.
+        subtitles: puts the lines shown at the sampled moments before the question.
+        swap: shows the frames of another film of the same length class (subtitles stay the film's own): what the text
+            alone gives away.
+
+    Raises:
+        ConfigError: videomme.json is missing or not in the official layout, or a class to swap in has one film.
+    """
+    films = read_films(data)
+    shown = _swapped(films) if swap else {film["video_id"]: film["video_id"] for film in films}
+    sampling = FrameSampling("uniform" if fps is None else "fps", frames, fps or 1.0)
+    refs = {film["video_id"]: film_refs(_find_film(data, film["video_id"]), sampling) for film in films}
+    asked = []
+    for film in films:
+        video_id = film["video_id"]
+        lines = _subtitles(data / "subtitles" / f"{video_id}.srt", refs[video_id]) if subtitles else []
+        for question in film["questions"]:
+            metadata = {"film": {key: value for key, value in film.items() if key != "questions"}}
+            asked.append(
+                Request(
+                    id=f"{video_id}/{question['question_id']}",
+                    frames=refs[shown[video_id]],
+                    question=prompt(question, lines),
+                    max_new_tokens=max_new_tokens,
+                    metadata={**metadata, "question": question, "shown": shown[video_id]},
+                )
+            )
+    return asked
+
+
+def read_films(data: Path) -> list[dict[str, Any]]:
+    """The films of videomme.json, each checked for the fields of the official layout."""
+    path = data / "videomme.json"
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file; it holds the questions in VideoMME's official layout")
+    films = json.loads(path.read_text(encoding="utf-8"))
+    for film in films:
+        fields = {"video_id", "duration_category", "video_category", "video_subcategory", "questions"}
+        if missing := fields - set(film):
+            raise ConfigError(f"{path}: film {film.get('video_id', '?')} lacks {sorted(missing)}")
+        for question in film["questions"]:
+            if missing := {"question_id", "task_type", "question", "choices", "answer"} - set(question):
+                raise ConfigError(f"{path}: question {question.get('question_id', '?')} lacks {sorted(missing)}")
+    return films
+
+
+def prompt(question: Mapping[str, Any], subtitles: Sequence[str]) -> str:
+    """The official prompt. Where there are no subtitles, their part is left out, as the official instructions say."""
+    lines = ["This video's subtitles are listed below:", *subtitles] if subtitles else []
+    return "\n".join([*lines, INSTRUCTION, question["question"], *question["choices"], "The best answer is:"])
+
+
+def official_letter(response: str) -> str:
+    """The letter that the official script reads, with its quirks; "" for none.
+
+    Two pairs of its lead-ins lack the comma between them and are one string each, so that neither works alone.
+    """
+    text = response.strip()
+    for lead_in in (
+        "The best answer is",
+        "The correct answer is",
+        "The answer is",
+        "The answer",
+        "The best option isThe correct option is",
+        "Best answer:Best option:",
+    ):
+        text = text.replace(lead_in, "")
+    match = re.search("[ABCD]", text)
+    return match.group() if match else ""
+
+
+_NOUNS = ("answer", "correct answer", "best answer", "correct option", "best option", "choice", "correct choice")
+LMMS_PHRASES = (
+    *(f"{article}{noun} is" for noun in _NOUNS for article in ("", "the ")),
+    *("my answer is", "my choice is", "i choose", "i select", "i pick"),
+    *("옵션", "정답은", "답은", "답:", "答案是", "答案为", "选", "答えは"),
+)
+
+
+def lmms_letter(response: str) -> str:
+    """The letter that lmms-eval 0.7 reads; "" for none."""
+    text = response.strip()
+    for mark in ",.!?;:'\"":
+        text = text.strip(mark)
+    body, text = text.strip(), f" {text} "
+    found: list[tuple[int, int, str]] = []  # (trust in the format, place, letter)
+    for letter in "ABCD":
+        alone = len(body) == 1
+        if body.startswith(letter) and (alone or not body[1].isalpha()):
+            found.append((10, 0, letter))
+        if body.endswith(letter) and (alone or not body[-2].isalpha()):
+            found.append((9, len(text) - 1, letter))
+        for phrase in LMMS_PHRASES:
+            after = text.lower().find(phrase)
+            place = text.find(letter, after + len(phrase)) if after >= 0 else -1
+            found.append((7, place, letter))
+        written = (f"({letter})", f"{letter}.", f"{letter}:", f"{letter})", f"{letter} ", letter)
+        found.extend((trust, text.rfind(form), letter) for trust, form in zip((6, 5, 4, 3, 2, 0), written, strict=True))
+    found = [candidate for candidate in found if candidate[1] >= 0]
+    return max(found, key=lambda candidate: candidate[:2])[2] if found else ""
+
+
+PROTOCOLS: dict[str, Callable[[str], str]] = {"official": official_letter, "lmms_eval": lmms_letter}
+
+
+def score(requests: Sequence[Request], responses: Mapping[str, str | None]) -> dict[str, Any]:
+    """Accuracy under both protocols: overall, by length and by task type, each with its counts."""
+    scores: dict[str, Any] = {name: _tables(name, requests, responses) for name in PROTOCOLS}
+    scores["no_response"] = sum(responses[request.id] is None for request in requests)
+    scores["num_films"] = len({request.metadata["film"]["video_id"] for request in requests})
+    scores["examples"] = _examples(requests, responses)
+    return scores
+
+
+def export(requests: Sequence[Request], responses: Mapping[str, str | None], out: Path) -> None:
+    """Writes the official result file. A question without an answer gets an empty response."""
+    films: dict[str, dict[str, Any]] = {}
+    for request in requests:
+        film = request.metadata["film"]
+        entry = films.setdefault(film["video_id"], {**film, "missing": False, "questions": []})
+        entry["questions"].append({**request.metadata["question"], "response": responses[request.id] or ""})
+    text = json.dumps(list(films.values()), indent=2, ensure_ascii=False)
+    (out / "videomme-result.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _tables(protocol: str, requests: Sequence[Request], responses: Mapping[str, str | None]) -> dict[str, Any]:
+    def table(members: list[Request]) -> dict[str, Any]:
+        letters = [PROTOCOLS[protocol](responses[member.id] or "") for member in members]
+        correct = sum(
+            letter == member.metadata["question"]["answer"] for letter, member in zip(letters, members, strict=True)
+        )
+        unanswered = letters.count("")
+        counted = len(members) - unanswered if protocol == "official" else len(members)
+        accuracy = correct / counted if counted else 0.0
+        return {
+            "accuracy": accuracy,
+            "correct": correct,
+            "counted": counted,
+            "unanswered": unanswered,
+            "lower_95": wilson_lower(correct, counted),
+        }
+
+    def by(group: Callable[[Request], str]) -> dict[str, Any]:
+        names = list(dict.fromkeys(map(group, requests)))
+        return {name: table([request for request in requests if group(request) == name]) for name in names}
+
+    by_duration = by(lambda request: request.metadata["film"]["duration_category"])
+    return {
+        "overall": table(list(requests)),
+        "by_duration": dict(sorted(by_duration.items(), key=lambda item: _duration_rank(item[0]))),
+        "by_task_type": by(lambda request: request.metadata["question"]["task_type"]),
+        "by_domain": by(lambda request: request.metadata["film"]["video_category"]),
+    }
+
+
+def wilson_lower(correct: int, counted: int) -> float:
+    """Lower end of the 95 % interval of a share (Wilson 1927)."""
+    if counted == 0:
+        return 0.0
+    z, share = 1.96, correct / counted
+    middle = share + z * z / (2 * counted)
+    spread = z * math.sqrt(share * (1 - share) / counted + z * z / (4 * counted * counted))
+    return (middle - spread) / (1 + z * z / counted)
+
+
+def _duration_rank(name: str) -> int:
+    return DURATIONS.index(name) if name in DURATIONS else len(DURATIONS)
+
+
+def _swapped(films: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    shown: dict[str, str] = {}
+    for duration in dict.fromkeys(film["duration_category"] for film in films):
+        shown.update(derangement([film["video_id"] for film in films if film["duration_category"] == duration]))
+    return shown
+
+
+def _find_film(data: Path, video_id: str) -> Path:
+    matches = sorted((data / "videos").glob(f"{video_id}.*"))
+    return matches[0] if matches else data / "videos" / f"{video_id}.mp4"  # missing: the runner counts and names it
+
+
+def _subtitles(path: Path, refs: Sequence[FrameRef]) -> list[str]:
+    """Lines shown at any of the sampled moments, once each, in order. Not every film has a file."""
+    if not path.is_file():
+        return []
+    moments = [ref.seconds or 0.0 for ref in refs]
+    text = path.read_text(encoding="utf-8-sig", errors="replace").replace("\r\n", "\n")
+    shown = []
+    for begin, end, line in parse_srt(text):
+        if any(begin <= moment < end for moment in moments):
+            shown.append(line)
+    return list(dict.fromkeys(shown))
+
+
+def parse_srt(text: str) -> list[tuple[float, float, str]]:
+    """(begin, end, line) of each subtitle, in seconds; mark-up removed."""
+    clock = r"(\d+):(\d+):(\d+)[,.](\d+)"
+    entries = []
+    for match in re.finditer(rf"{clock}\s*-->\s*{clock}[^\n]*\n(.*?)(?:\n\s*\n|\Z)", text, flags=re.DOTALL):
+        numbers = [int(number) for number in match.groups()[:8]]
+        begin, end = (3600 * h + 60 * m + s + ms / 1000 for h, m, s, ms in (numbers[:4], numbers[4:]))
+        line = re.sub(r"<[^>]*>", "", match.group(9)).replace("\n", " ").strip()
+        if line:
+            entries.append((begin, end, line))
+    return entries
+
+
+def _examples(requests: Sequence[Request], responses: Mapping[str, str | None]) -> list[dict[str, Any]]:
+    """Two questions of each length class, with four frames spread over what was shown."""
+    chosen = []
+    for duration in dict.fromkeys(request.metadata["film"]["duration_category"] for request in requests):
+        members = [request for request in requests if request.metadata["film"]["duration_category"] == duration]
+        chosen.extend(members[:: max(1, len(members) // 2)][:2])
+    return [
+        {
+            "id": request.id,
+            "question": "\n".join([request.metadata["question"]["question"], *request.metadata["question"]["choices"]]),
+            "response": responses[request.id],
+            "reference": request.metadata["question"]["answer"],
+            "correct": official_letter(responses[request.id] or "") == request.metadata["question"]["answer"],
+            "shown": f"{len(request.frames)} frames of {request.metadata['shown']}",
+            "frames": spread(request.frames, 4),
+        }
+        for request in chosen
+    ]

@@ -1,0 +1,1 @@
+"""Inference: answers about frames, and captions of video files."""

@@ -1,0 +1,153 @@
+"""Answers to questions about frames: greedy decoding with a K/V cache that outlives one question.
+
+The cache of the last prompt is kept and cut back to what the next prompt shares with it. Questions about one film, and
+needles in one haystack, then pay for the shared frames once; the rest of a prompt goes through the model in chunks,
+which bounds the memory of a prompt of many thousand tokens. Neither changes an answer beyond rounding.
+
+Hugging Face's `generate` recomputes a prompt given as embeddings, does not chunk it, and streams from a second thread,
+so the loop here is its own.
+
+Shapes: F frames, T tokens per frame, S pixels along a side of a frame, N tokens of a prompt, D width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Iterator
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedTokenizerBase
+
+from longvila.errors import DataError
+from longvila.model.chat import encode_prompt
+from longvila.model.vlm import LongVilaModel
+
+ENCODE_FRAMES = 32
+"""Frames that go through the tower together."""
+PREFILL_TOKENS = 1024
+"""Tokens of a prompt that go through the language model together."""
+
+
+class Answerer:
+    """A model that answers questions, one after the other. Not safe for threads: the cache is shared."""
+
+    def __init__(self, model: LongVilaModel, tokenizer: PreTrainedTokenizerBase):
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        language_model = model.language_model
+        self._device = language_model.get_input_embeddings().weight.device
+        self._text_config = language_model.config.get_text_config()
+        # transformers renamed this argument in 5.20; the old name warns now and goes away later.
+        parameters = inspect.signature(language_model.forward).parameters
+        self._cache_argument = "cache" if "cache" in parameters else "past_key_values"
+        self._stop_ids = self._find_stop_ids()
+        self._cache: DynamicCache | None = None
+        self._cached_embeddings: Tensor | None = None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identifies the weights and the chat template: equal for equal models, wherever they are stored."""
+        digest = hashlib.sha256(str(self.tokenizer.chat_template).encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()[:16]
+
+    @torch.inference_mode()
+    def encode(self, frames: Tensor) -> Tensor:
+        """Frame tokens (F, T, D) of uint8 frames (F, 3, S, S)."""
+        return torch.cat([self.model.encode_frames(part.to(self._device)) for part in frames.split(ENCODE_FRAMES)])
+
+    def answer(self, frames: Tensor, question: str, max_new_tokens: int) -> str:
+        """The whole answer of `stream`, without surrounding white space."""
+        return "".join(self.stream(frames, question, max_new_tokens)).strip()
+
+    def stream(self, frames: Tensor, question: str, max_new_tokens: int) -> Iterator[str]:
+        """Pieces of the answer, as they come.
+
+        Args:
+            frames: uint8 frames (F, 3, S, S), or their tokens (F, T, D) from `encode`; F >= 1.
+            question: goes after the frames, in one user message.
+            max_new_tokens: the answer ends there, or at any special token (end of turn, end of text).
+
+        Raises:
+            DataError: the prompt and the answer do not fit into the model's context, or the question is unusable.
+        """
+        tokens = self.encode(frames) if frames.dtype == torch.uint8 else frames
+        messages = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]}]
+        ids = encode_prompt(self.tokenizer, messages, *tokens.shape[:2])
+        self._check_length(len(ids), max_new_tokens, *tokens.shape[:2])
+        answer: list[int] = []
+        shown = ""
+        for token in self._decode(ids, tokens, max_new_tokens):
+            answer.append(token)
+            text = str(self.tokenizer.decode(answer, skip_special_tokens=True))
+            if not text.endswith("\ufffd"):  # half of a character: the next token completes it
+                yield text[len(shown) :]
+                shown = text
+
+    def _check_length(self, num_prompt: int, max_new_tokens: int, num_frames: int, tokens_per_frame: int) -> None:
+        context = self._text_config.max_position_embeddings
+        if num_prompt + max_new_tokens > context:
+            num_frame_tokens = num_frames * tokens_per_frame
+            raise DataError(
+                f"the prompt has {num_prompt} tokens ({num_frames} frames of {tokens_per_frame} tokens, and "
+                f"{num_prompt - num_frame_tokens} of text) and the answer may have {max_new_tokens}, but the model's "
+                f"context is {context} tokens; give fewer frames or a shorter question"
+            )
+
+    @torch.inference_mode()
+    def _next_token(self, **inputs: Tensor) -> int:
+        """Runs tokens through the language model, appends them to the cache, and returns the likeliest next id."""
+        kwargs = {**inputs, self._cache_argument: self._cache}
+        output = self.model.language_model(use_cache=True, logits_to_keep=1, **kwargs)
+        return int(output.logits[0, -1].argmax())
+
+    def _decode(self, ids: list[int], tokens: Tensor, max_new_tokens: int) -> Iterator[int]:
+        """Ids of the answer, greedily, without the token that ended it."""
+        input_ids = torch.tensor([ids], device=self._device)
+        with torch.inference_mode():
+            embeddings = self.model.embed(input_ids, tokens.to(self._device))
+        num_cached = self._rewind(embeddings[0])
+        chunk = PREFILL_TOKENS if self._positions_are_fixed() else len(ids)
+        token = -1
+        for part in embeddings[:, num_cached:].split(chunk, dim=1):
+            token = self._next_token(inputs_embeds=part)
+        self._cached_embeddings = embeddings[0]
+        for step in range(max_new_tokens):
+            if token in self._stop_ids:
+                return
+            yield token
+            if step + 1 < max_new_tokens:
+                token = self._next_token(input_ids=torch.tensor([[token]], device=self._device))
+
+    def _rewind(self, embeddings_ND: Tensor) -> int:
+        """Cuts the cache back to the tokens it shares with a new prompt, and returns how many those are (< N)."""
+        cache, before = self._cache, self._cached_embeddings
+        self._cached_embeddings = None  # set again once the new prompt is in the cache, whatever happens until then
+        if cache is None or before is None or not self._can_rewind(cache):
+            self._cache = DynamicCache(config=self._text_config)
+            return 0
+        num_common = min(len(before), len(embeddings_ND) - 1)  # the last token always runs: its logits are needed
+        differs = (before[:num_common] != embeddings_ND[:num_common]).any(dim=-1)
+        num_shared = int(differs.int().argmax()) if bool(differs.any()) else num_common
+        cache.crop(num_shared - cache.get_seq_length())
+        return num_shared
+
+    def _can_rewind(self, cache: DynamicCache) -> bool:
+        """Whether every layer can forget its last tokens (sliding windows and recurrent states cannot)."""
+        return bool(getattr(cache, "is_croppable", False)) and self._positions_are_fixed()
+
+    def _positions_are_fixed(self) -> bool:
+        """Whether a position is rotated by the same angle in every prompt; some RoPE scalings look at its length."""
+        rope = str(getattr(self._text_config, "rope_parameters", None))  # one set, or one for each kind of layer
+        return "dynamic" not in rope and "longrope" not in rope
+
+    def _find_stop_ids(self) -> set[int]:
+        """Every special token ends an answer, and so does what the checkpoint's generation settings name."""
+        special = {index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        named = self.model.language_model.generation_config.eos_token_id
+        return special | set(self.tokenizer.all_special_ids) | set(named if isinstance(named, list) else [named])
