@@ -1,0 +1,118 @@
+"""The command line: its help is complete and quick, its errors are one line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from longvila.cli import app
+
+VERBS = ["pack", "base", "train", "eval", "caption", "report", "gradients", "doctor"]
+HEAVY = ["torch", "transformers", "open_clip", "av", "webdataset", "numpy", "PIL", "matplotlib"]
+
+runner = CliRunner()
+
+
+def test_help_names_every_verb():
+    result = runner.invoke(app, ["--help"])
+    assert result.exit_code == 0
+    commands = result.output.split("Commands")[1]
+    assert [verb for verb in VERBS if f" {verb} " in commands] == VERBS
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself_and_each_of_its_options(verb: str):
+    result = runner.invoke(app, [verb, "--help"], terminal_width=200)
+    assert result.exit_code == 0
+    assert "--traceback" in result.output
+    command = next(c for c in app.registered_commands if c.callback and c.callback.__name__.rstrip("_") == verb)
+    assert command.callback is not None
+    assert command.callback.__doc__
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *([verb, "--help"] for verb in VERBS)], ids=lambda a: a[0])
+def test_help_imports_nothing_heavy(arguments: list[str]):
+    program = (
+        "import sys\n"
+        "from longvila.cli import main\n"
+        f"sys.argv = ['longvila', *{arguments!r}]\n"
+        "try:\n    main()\n"
+        "except SystemExit as end:\n"
+        f"    heavy = [name for name in {HEAVY!r} if name in sys.modules]\n"
+        "    sys.exit(end.code or (f'help imports {heavy}' if heavy else 0))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_an_error_is_one_line_and_exit_code_1():
+    result = runner.invoke(app, ["train", "9_unknown", "--run", "runs/none"])
+    assert result.exit_code == 1
+    assert result.stderr.count("\n") == 1
+    assert "there is no stage '9_unknown'" in result.stderr
+    assert "5_long_sft" in result.stderr
+
+
+def test_traceback_shows_where_an_error_came_from():
+    result = runner.invoke(app, ["train", "9_unknown", "--run", "runs/none", "--traceback"])
+    assert result.exit_code == 1
+    assert type(result.exception).__name__ == "ConfigError"
+
+
+def test_a_rank_signs_its_errors(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RANK", "3")
+    result = runner.invoke(app, ["train", "9_unknown", "--run", "runs/none"])
+    assert "error (rank 3):" in result.stderr
+
+
+def test_wrong_usage_is_exit_code_2():
+    assert runner.invoke(app, ["train"]).exit_code == 2
+    assert runner.invoke(app, ["no_such_verb"]).exit_code == 2
+
+
+def test_a_missing_checkpoint_is_one_line_that_names_it(tmp_path: Path):
+    (tmp_path / "film.mp4").write_bytes(b"")
+    result = runner.invoke(app, ["caption", str(tmp_path / "film.mp4"), "--checkpoint", str(tmp_path / "nothing")])
+    assert result.exit_code == 1
+    assert str(tmp_path / "nothing") in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_option_help_lists_the_options_of_a_file(tmp_path: Path):
+    source = tmp_path / "mine.py"
+    source.write_text('def samples(videos: str, count: int = 3):\n    """My videos."""\n    yield from ()\n')
+    result = runner.invoke(app, ["pack", str(source), "--out", str(tmp_path / "out"), "-o", "help"])
+    assert result.exit_code == 0
+    assert "My videos." in result.output
+    assert result.output.split("\n")[1].split() == ["videos", "str", "needed"]
+    assert result.output.split("\n")[2].split() == ["count", "int", "default", "3"]
+
+
+def test_a_source_without_evaluation_files_says_so(tmp_path: Path):
+    source = tmp_path / "mine.py"
+    source.write_text("def samples():\n    yield from ()\n")
+    result = runner.invoke(app, ["pack", str(source), "--out", str(tmp_path / "out"), "--evaluation"])
+    assert result.exit_code == 1
+    assert "has no evaluation files" in result.stderr
+
+
+def test_doctor_names_what_the_machine_has():
+    result = runner.invoke(app, ["doctor"])
+    assert result.exit_code == 0
+    for word in ("python", "torch", "GPUs", "gloo", "decode h264", "flash-attn", "deepspeed", "decord", "memory"):
+        assert word in result.output
+
+
+@pytest.mark.parametrize(("error", "code"), [(1e-13, 0), (1e-3, 1)])
+def test_gradients_writes_its_figures_and_fails_past_the_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: float, code: int
+):
+    monkeypatch.setattr("longvila.train.gradients.check", lambda: {"max_error": error, "bound": 1e-11})
+    result = runner.invoke(app, ["gradients", "--json", str(tmp_path / "new" / "gradients.json")])
+    assert result.exit_code == code
+    assert ("holds" if code == 0 else "missed") in result.output
+    assert '"gradient_max_error"' in (tmp_path / "new" / "gradients.json").read_text()
