@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,7 +33,7 @@ __all__ = ["captioned_frames", "evaluation", "samples", "texts"]
 
 CACHE = "runs/cache/demo"
 SHORTEST_FILM = 4
-AHEAD = 64  # items given to the processes at once, so that a slow reader does not fill the memory
+AHEAD = 64  # items given to the threads at once, so that a slow reader does not fill the memory
 
 
 def samples(
@@ -44,7 +43,7 @@ def samples(
     cache: str = CACHE,
     shortest: int | None = None,
     longest: int | None = None,
-    processes: int = 2,
+    threads: int = 2,
 ) -> Iterator[SourceSample]:
     """Training samples of one split, in the order of their index, each pure in (split, seed, index).
 
@@ -55,7 +54,7 @@ def samples(
         cache: folder of the backdrops, filled on first use.
         shortest, longest: bounds of a film in seconds, or of a long text in words; None takes the split's own. A
             needle is seen for one second: sample these films at one frame a second, with a cap of `longest` frames.
-        processes: how many make films at the same time.
+        threads: how many make films at the same time.
 
     Raises:
         ConfigError: bounds that leave no film. DataError: the film cannot be fetched.
@@ -69,9 +68,9 @@ def samples(
         )
     makers = {"images": image_samples, "text": text_samples, "long_text": text_samples}
     if split not in ("text", "long_text"):
-        load_backdrops(cache)  # once, before processes ask for them together
+        load_backdrops(cache)  # once, before threads ask for them together
     make = partial(makers.get(split, film_samples), split=split, seed=seed, lengths=lengths, cache=cache)
-    for made in _in_processes(make, count, processes if split in ("short", "medium", "long") else 1):
+    for made in _in_threads(make, count, threads):
         yield from made
 
 
@@ -83,7 +82,7 @@ def evaluation(
     haystack: int = 1500,
     seed: int = 0,
     cache: str = CACHE,
-    processes: int = 2,
+    threads: int = 2,
 ) -> None:
     """Writes the evaluation folder: videos/, subtitles/, videomme.json, captions.jsonl and needle/.
 
@@ -93,7 +92,7 @@ def evaluation(
         captions: how many of them, spread over all lengths, are also captioned.
         needles: needle images with a question each.
         haystack: frames of the haystack film, at 1 fps.
-        seed, cache, processes: as in `samples`.
+        seed, cache, threads: as in `samples`.
 
     Raises:
         ConfigError: the folder is not empty, or more captions than films are asked for.
@@ -105,7 +104,7 @@ def evaluation(
     load_backdrops(cache)
     for folder in ("videos", "subtitles"):
         (out / folder).mkdir(parents=True)
-    made = list(_in_processes(partial(write_film, out=out, seed=seed, cache=cache), films, processes))
+    made = list(_in_threads(partial(write_film, out=out, seed=seed, cache=cache), films, threads))
     (out / "videomme.json").write_text(json.dumps([entry for entry, _ in made], indent=1))
     chosen = [made[k * films // captions][1] for k in range(captions)]
     (out / "captions.jsonl").write_text("".join(json.dumps(caption) + "\n" for caption in chosen))
@@ -121,12 +120,8 @@ def captioned_frames(seed: int, count: int, cache: Path | str = CACHE) -> Iterat
         yield draw_frame(script, training.still(rng), time), still_caption(script, time, rng)
 
 
-def _in_processes(make: Callable[[int], Any], count: int, processes: int) -> Iterator[Any]:
-    """make(0), make(1), ... in order, made by `processes` processes (in this one when there is one)."""
-    if processes == 1:
-        yield from map(make, range(count))
-        return
-    # spawned, not forked: a fork taken while this process has a video open can hang in FFmpeg
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+def _in_threads(make: Callable[[int], Any], count: int, threads: int) -> Iterator[Any]:
+    """make(0), make(1), ... in order. Threads are enough: most of the time goes to the encoder, outside the GIL."""
+    with ThreadPoolExecutor(threads) as pool:
         for start in range(0, count, AHEAD):
             yield from pool.map(make, range(start, min(start + AHEAD, count)))

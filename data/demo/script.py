@@ -99,7 +99,7 @@ class Script:
                 facts += [event.what.name, f"moves {event.what.direction}"]
             elif isinstance(event.what, Number):
                 facts.append(f"number {event.what.value}")
-        return facts
+        return list(dict.fromkeys(facts))  # two objects may move the same way
 
 
 def generator(kind: str, seed: int, index: int) -> random.Random:
