@@ -20,6 +20,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
 
 from longvila.errors import DataError
 from longvila.model.chat import encode_prompt
@@ -81,13 +82,15 @@ class Answerer:
         ids = encode_prompt(self.tokenizer, messages, *tokens.shape[:2])
         self._check_length(len(ids), max_new_tokens, *tokens.shape[:2])
         answer: list[int] = []
-        shown = ""
+        text = shown = ""
         for token in self._decode(ids, tokens, max_new_tokens):
             answer.append(token)
             text = str(self.tokenizer.decode(answer, skip_special_tokens=True))
-            if not text.endswith("\ufffd"):  # half of a character: the next token completes it
+            if not text.endswith("\ufffd"):  # half of a character: the next token may complete it
                 yield text[len(shown) :]
                 shown = text
+        if text != shown:
+            yield text[len(shown) :]
 
     def _check_length(self, num_prompt: int, max_new_tokens: int, num_frames: int, tokens_per_frame: int) -> None:
         context = self._text_config.max_position_embeddings
@@ -139,7 +142,7 @@ class Answerer:
 
     def _can_rewind(self, cache: DynamicCache) -> bool:
         """Whether every layer can forget its last tokens (sliding windows and recurrent states cannot)."""
-        return bool(getattr(cache, "is_croppable", False)) and self._positions_are_fixed()
+        return self._positions_are_fixed() and all(type(layer) is DynamicLayer for layer in cache.layers)
 
     def _positions_are_fixed(self) -> bool:
         """Whether a position is rotated by the same angle in every prompt; some RoPE scalings look at its length."""
