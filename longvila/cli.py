@@ -236,7 +236,8 @@ def _answerer(checkpoint: Path) -> Any:
 
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_model(checkpoint)
-    return Answerer(model.to(torch.device(device)), tokenizer)
+    torch.nn.Module.to(model, device)  # transformers wraps `model.to` in a way that a type checker misreads
+    return Answerer(model, tokenizer)
 
 
 def _asks_help(function: Callable[..., Any], option: list[str] | None, given: tuple[str, ...]) -> bool:
