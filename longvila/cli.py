@@ -244,10 +244,13 @@ def _asks_help(function: Callable[..., Any], option: list[str] | None, given: tu
     """Prints the options of a content file when `-o help` asks for them."""
     if "help" not in (option or []):
         return False
-    output.print(inspect.getdoc(function) or "", markup=False)
+    output.print(inspect.getdoc(function) or "", markup=False, soft_wrap=True)
     for name, parameter in content.parameters(function, given).items():
-        default = "needed" if parameter.default is parameter.empty else f"default {parameter.default}"
-        output.print(f"  {name:<16} {content.describe(parameter.annotation):<24} {default}", markup=False)
+        value = parameter.default
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        default = "needed" if value is parameter.empty else f"default {text}"
+        line = f"  {name:<16} {content.describe(parameter.annotation):<24} {default}"
+        output.print(line, markup=False, soft_wrap=True)
     return True
 
 

@@ -46,7 +46,7 @@ pack() {
 
 evaluate() {
     local out=$1 benchmark=$2 stage=$3
-    torchrun --standalone --nproc-per-node 2 --module -- longvila.cli eval "$benchmark" \
+    python -m longvila.launch --standalone --nproc-per-node 2 --module -- longvila.cli eval "$benchmark" \
         --checkpoint "$run/$stage/model" --data "$run/data/evaluation" --out "$run/eval/$out/$benchmark" "${@:4}"
 }
 

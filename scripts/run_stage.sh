@@ -8,7 +8,7 @@
 set -euo pipefail
 
 here=$(dirname "${BASH_SOURCE[0]}")
-if [ -x "$here/../.venv/bin/torchrun" ]; then
+if [ -d "$here/../.venv" ]; then
     PATH="$(cd "$here/.." && pwd)/.venv/bin:$PATH"
 fi
 
@@ -28,4 +28,4 @@ else
         --master-port "${MASTER_PORT:-29500}")
 fi
 # The lone -- keeps torchrun from reading the options that follow as its own.
-exec torchrun "${meeting[@]}" --nproc-per-node "${NPROC:-auto}" --module -- longvila.cli train "$@"
+exec python -m longvila.launch "${meeting[@]}" --nproc-per-node "${NPROC:-auto}" --module -- longvila.cli train "$@"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -57,6 +59,19 @@ def test_a_file_of_ones_own_may_hold_dataclasses_with_postponed_annotations(tmp_
     )
     (film,) = content.entry("data", source(tmp_path / "films.py", text))()
     assert type(film).__module__ in sys.modules
+
+
+def test_an_installed_wheel_finds_the_content_it_carries(tmp_path: Path):
+    root = Path(content.__file__).parents[1]
+    installed = tmp_path / "longvila"
+    (installed / "_content").mkdir(parents=True)
+    for name in ("__init__.py", "content.py", "config.py", "errors.py", "_content/__init__.py"):
+        shutil.copy(root / "longvila" / name, installed / name)
+    shutil.copytree(root / "eval", installed / "_content" / "eval")
+    shutil.copytree(root / "stages", installed / "_content" / "stages")
+    program = "from longvila import content; print(content.folder('eval'), *content.names('eval'))"
+    result = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert result.stdout.split() == [str(installed / "_content" / "eval"), *content.names("eval")]
 
 
 def options_of(*assignments: str) -> dict[str, Any]:
