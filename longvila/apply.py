@@ -77,9 +77,11 @@ def apply_folds(
         recompute: activation checkpointing of every language-model layer.
         shard: FSDP2 over the world. False leaves parameters whole and gradients to the caller.
     """
-    model.language_model.set_attn_implementation(ATTENTION)
+    language_model = model.get_submodule("language_model")
+    assert isinstance(language_model, PreTrainedModel)
+    language_model.set_attn_implementation(ATTENTION)
     if recompute:
-        model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+        language_model.gradient_checkpointing_enable({"use_reentrant": False})
     if shard:
         _shard_parameters(model, fold, precision)
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from longvila.errors import ConfigError
 
+LayoutName = Literal["contiguous", "zigzag", "document_zigzag"]
 PARTS = ("vision", "projector", "language_model")
 
 
@@ -103,7 +104,7 @@ class ParallelConfig:
     """Ranks of the inner ring, over which tokens are split."""
     outer: int = 1
     """Windows of the outer ring (LoongTrain's double ring). Tokens are split over inner x outer."""
-    layout: Literal["contiguous", "zigzag", "document_zigzag"] = "document_zigzag"
+    layout: LayoutName = "document_zigzag"
     """Which tokens each rank owns (`longvila/parallel/layout.py`)."""
 
     @property

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from longvila.config import LayoutName
 from longvila.errors import DataError
 from longvila.parallel.attention import FoldedPlan
 from longvila.parallel.exchange import all_to_all
@@ -48,7 +49,7 @@ def shard_row(
     is_frame: Tensor,
     tokens_per_frame: int,
     fold: Fold,
-    layout: str,
+    layout: LayoutName,
 ) -> LocalRow:
     """Cuts a row that is identical on every rank of the sequence group.
 

@@ -114,4 +114,5 @@ def make_fold(parallel: ParallelConfig, device_type: str) -> Fold:
 
 def _my_group(members: list[list[int]]) -> dist.ProcessGroup:
     group, _ = dist.new_subgroups_by_enumeration(members)
+    assert isinstance(group, dist.ProcessGroup), "every rank of the world is in one of the groups"
     return group

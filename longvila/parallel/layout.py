@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 
+from longvila.config import LayoutName
+
 Span = tuple[int, int]
 Layout = Callable[[Sequence[int], int], tuple[tuple[Span, ...], ...]]
 
@@ -48,7 +50,7 @@ def document_zigzag(lengths: Sequence[int], parts: int) -> tuple[tuple[Span, ...
     return tuple(_join(spans, starts) for spans in owned)
 
 
-LAYOUTS: dict[str, Layout] = {
+LAYOUTS: dict[LayoutName, Layout] = {
     "contiguous": contiguous,
     "zigzag": zigzag,
     "document_zigzag": document_zigzag,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 
+from longvila.config import LayoutName
 from longvila.errors import ConfigError, DataError
 from longvila.parallel.layout import LAYOUTS, Span
 
@@ -45,7 +46,7 @@ class Plan:
     lengths: tuple[int, ...]
     parts: int
     head: int
-    layout: str
+    layout: LayoutName
     spans: tuple[tuple[Span, ...], ...]
     tasks: tuple[tuple[tuple[Task, ...], ...], ...]
     sends: tuple[tuple[tuple[Span, ...], ...], ...]
@@ -71,7 +72,7 @@ class Plan:
 
 
 @lru_cache(maxsize=256)
-def make_plan(lengths: tuple[int, ...], parts: int, head: int = 1, layout: str = "document_zigzag") -> Plan:
+def make_plan(lengths: tuple[int, ...], parts: int, head: int = 1, layout: LayoutName = "document_zigzag") -> Plan:
     """Plans causal attention over packed documents.
 
     Args:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from longvila.shards.loader import RowLoader
-from longvila.shards.rows import Row
 
 from longvila.errors import DataError
 from longvila.parallel.agree import Agreement, RowView, agree, row_digest
 from longvila.parallel.fold import Fold
+from longvila.shards.bad import BadSamples
+from longvila.shards.loader import RowLoader
+from longvila.shards.rows import Row
 
 IGNORE = -100
 
@@ -36,7 +36,13 @@ class RowFeed:
     def __init__(self, loader: RowLoader, fold: Fold, rows_per_step: int, epoch: int = 0, rows: int = 0) -> None:
         self.epoch, self.rows = epoch, rows
         self._loader, self._fold, self._rows_per_step = loader, fold, rows_per_step
+        self._dropped: dict[str, str] = {}
         self._iterator = iter(loader.epoch(epoch, skip=rows))
+
+    @property
+    def bad(self) -> BadSamples:
+        """The samples of this data rank that could not be used."""
+        return self._loader.bad
 
     def next_step(self) -> Step:
         """The rows of the next step.
@@ -54,6 +60,11 @@ class RowFeed:
             if agreement.ended:
                 raise DataError(f"no usable sample in epoch {self.epoch}; check the shards and the list of bad samples")
         self.rows += self._rows_per_step
+        for row, gone in zip(rows, agreement.dropped, strict=True):
+            for document in gone:
+                assert row is not None, "only a row of this group can have failed"
+                reason = dict(row.failed).get(document, "another rank of its sequence group could not decode it")
+                self._dropped[row.keys[document]] = reason
         kept = tuple(
             without_documents(row, gone) if row else self._empty_row()
             for row, gone in zip(rows, agreement.dropped, strict=True)
@@ -64,6 +75,9 @@ class RowFeed:
         rows: list[Row | None] = [None] * self._rows_per_step
         error: Exception | None = None
         try:
+            # Counted here and not where they are dropped: past the bound this raises, and every rank must hear of it.
+            while self._dropped:
+                self._loader.bad.record(*self._dropped.popitem())
             for index in range(self._rows_per_step):
                 rows[index] = next(self._iterator, None)
         except Exception as caught:  # told to every rank by `agree`, which raises it again here
@@ -82,12 +96,6 @@ class RowFeed:
             frames=torch.zeros((0, 3, self._loader.image_size, self._loader.image_size), dtype=torch.uint8),
             failed=(),
         )
-
-
-def iterate(feed: RowFeed, steps: int) -> Iterator[Step]:
-    """The next `steps` steps of `feed`."""
-    for _ in range(steps):
-        yield feed.next_step()
 
 
 def without_documents(row: Row, gone: tuple[int, ...]) -> Row:

@@ -65,7 +65,11 @@ def cases(world: int) -> list[Case]:
     rows = (MIXED, TEXT, VIDEO, MIXED[::-1])
     sizes = [n for n in range(1, world + 1) if world % n == 0]
     return [
-        Case(ParallelConfig(head, inner, outer, layout), world, rows[: world // (head * inner * outer)])
+        Case(
+            ParallelConfig(head, inner, outer, layout),
+            world,
+            rows[: world // (head * inner * outer)],
+        )
         for head in sizes
         for inner in sizes
         for outer in sizes
@@ -91,8 +95,23 @@ def make_model(seed: int = 0) -> LongVilaModel:
     return LongVilaModel(config).double().train()
 
 
-def make_row(documents: tuple[Document, ...], tokens_per_frame: int, size: int, seed: int) -> dict[str, Tensor | tuple]:
-    """A row of random tokens and frames: input_ids, unshifted labels, position_ids (N,), lengths, frames."""
+@dataclass(frozen=True)
+class WholeRow:
+    """A row before anything is cut or shifted."""
+
+    input_ids: Tensor
+    """(N,)"""
+    labels: Tensor
+    """(N,), unshifted: the token itself where it is a target."""
+    position_ids: Tensor
+    """(N,)"""
+    lengths: tuple[int, ...]
+    frames: Tensor
+    """uint8 (F, 3, S, S)"""
+
+
+def make_row(documents: tuple[Document, ...], tokens_per_frame: int, size: int, seed: int) -> WholeRow:
+    """A row of random tokens and frames."""
     generator = torch.Generator().manual_seed(seed)
     ids, labels = [], []
     for d in documents:
@@ -104,13 +123,13 @@ def make_row(documents: tuple[Document, ...], tokens_per_frame: int, size: int, 
         ids.append(one)
         labels.append(target)
     num_frames = sum(d.frames for d in documents)
-    return {
-        "input_ids": torch.cat(ids),
-        "labels": torch.cat(labels),
-        "position_ids": torch.cat([torch.arange(len(one)) for one in ids]),
-        "lengths": tuple(len(one) for one in ids),
-        "frames": torch.randint(0, 256, (num_frames, 3, size, size), generator=generator, dtype=torch.uint8),
-    }
+    return WholeRow(
+        input_ids=torch.cat(ids),
+        labels=torch.cat(labels),
+        position_ids=torch.cat([torch.arange(len(one)) for one in ids]),
+        lengths=tuple(len(one) for one in ids),
+        frames=torch.randint(0, 256, (num_frames, 3, size, size), generator=generator, dtype=torch.uint8),
+    )
 
 
 def shift_labels(labels: Tensor, lengths: tuple[int, ...]) -> Tensor:
@@ -118,23 +137,23 @@ def shift_labels(labels: Tensor, lengths: tuple[int, ...]) -> Tensor:
     return torch.cat([F.pad(one[1:], (0, 1), value=IGNORE) for one in labels.split(list(lengths))])
 
 
-def reference(model: LongVilaModel, rows: list[dict]) -> tuple[float, dict[str, Tensor]]:
+def reference(model: LongVilaModel, rows: list[WholeRow]) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of all rows on one process, without any of the machinery under test."""
     model.language_model.set_attn_implementation("sdpa")
-    total = sum(int((row["labels"] != IGNORE).sum()) - _first_targets(row) for row in rows)
+    total = sum(int((row.labels != IGNORE).sum()) - _first_targets(row) for row in rows)
     loss = torch.zeros((), dtype=torch.float64)
     for row in rows:
-        embeddings = model.language_model.get_input_embeddings()(row["input_ids"].clamp(max=FRAME - 1))
-        if len(row["frames"]):
-            tokens = model.projector(model.vision(row["frames"])).flatten(0, 1)
-            embeddings = embeddings.index_put((row["input_ids"].eq(FRAME).nonzero().flatten(),), tokens)
-        document = torch.repeat_interleave(torch.tensor(row["lengths"]))
+        embeddings = model.language_model.get_input_embeddings()(row.input_ids.clamp(max=FRAME - 1))
+        if len(row.frames):
+            tokens = model.projector(model.vision(row.frames)).flatten(0, 1)
+            embeddings = embeddings.index_put((row.input_ids.eq(FRAME).nonzero().flatten(),), tokens)
+        document = torch.repeat_interleave(torch.tensor(row.lengths))
         visible = (document[:, None] == document[None]).tril()
         logits = model.language_model(
-            inputs_embeds=embeddings[None], position_ids=row["position_ids"][None], attention_mask=visible[None, None],
+            inputs_embeds=embeddings[None], position_ids=row.position_ids[None], attention_mask=visible[None, None],
             use_cache=False,
         ).logits[0]  # fmt: skip
-        for one, target in zip(logits.split(row["lengths"]), row["labels"].split(row["lengths"]), strict=True):
+        for one, target in zip(logits.split(row.lengths), row.labels.split(row.lengths), strict=True):
             loss = loss + F.cross_entropy(one[:-1], target[1:], ignore_index=IGNORE, reduction="sum") / total
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -142,9 +161,9 @@ def reference(model: LongVilaModel, rows: list[dict]) -> tuple[float, dict[str, 
     return loss.item(), {name: grad.clone() for name, grad in gradients.items()}
 
 
-def _first_targets(row: dict) -> int:
+def _first_targets(row: WholeRow) -> int:
     """Targets that no token precedes in their document."""
-    return sum(int(one[0] != IGNORE) for one in row["labels"].split(row["lengths"]))
+    return sum(int(one[0] != IGNORE) for one in row.labels.split(row.lengths))
 
 
 def folded(case: Case) -> dict[str, float]:
@@ -157,12 +176,12 @@ def folded(case: Case) -> dict[str, float]:
     apply_folds(model, fold)
     row = rows[fold.data_rank]
     local = shard_row(
-        row["input_ids"], shift_labels(row["labels"], row["lengths"]), row["position_ids"], row["lengths"],
-        row["input_ids"] == FRAME, tokens_per_frame, fold, case.parallel.layout,
+        row.input_ids, shift_labels(row.labels, row.lengths), row.position_ids, row.lengths,
+        row.input_ids == FRAME, tokens_per_frame, fold, case.parallel.layout,
     )  # fmt: skip
-    share = frame_share(len(row["frames"]), fold.sequence_rank, fold.num_sequence)
+    share = frame_share(len(row.frames), fold.sequence_rank, fold.num_sequence)
     output = model(
-        input_ids=local.input_ids, frames=row["frames"][share.start : share.stop], position_ids=local.position_ids,
+        input_ids=local.input_ids, frames=row.frames[share.start : share.stop], position_ids=local.position_ids,
         labels=local.labels, route=local.route, plan=local.plan,
     )  # fmt: skip
     total = sum_over_world(float(output.num_targets))
@@ -194,7 +213,7 @@ def check(worlds: tuple[int, ...] = (1, 2, 4)) -> dict:
                 {"fold": case.name, "loss_error": loss, "gradient_error": errors[worst], "worst_parameter": worst}
             )
     return {
-        "max_error": max(max(row["gradient_error"], row["loss_error"]) for row in table),
+        "max_error": max(max(row.gradient_error, row.loss_error) for row in table),
         "bound": BOUND,
         "parameters": parameters,
         "cases": table,

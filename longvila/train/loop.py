@@ -6,6 +6,7 @@ what they agree on each step by `feed.py`.
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 import zlib
@@ -15,8 +16,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from longvila.shards.loader import RowLoader
-from longvila.shards.rows import Row
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
@@ -32,9 +31,12 @@ from longvila.model.vlm import LongVilaModel
 from longvila.parallel.agree import any_rank, barrier, sum_over_world
 from longvila.parallel.batch import shard_row
 from longvila.parallel.fold import Fold, make_fold, start_world
+from longvila.shards.bad import BadSamples
+from longvila.shards.loader import RowLoader
+from longvila.shards.rows import Row
 from longvila.train.checkpoint import Position, load_checkpoint, save_checkpoint
 from longvila.train.feed import RowFeed, Step
-from longvila.train.metrics import Metrics
+from longvila.train.metrics import Metrics, read_jsonl
 from longvila.train.optimizer import (
     add_lora,
     choose_trained,
@@ -136,7 +138,8 @@ def prepare(model: LongVilaModel, config: StageConfig) -> Callable[[], object]:
 def _start(config: StageConfig, run: Path, fold: Fold, device: torch.device) -> TrainingState:
     model, tokenizer = load_start(config, run)
     prepare(model, config)
-    model.to(device).train()
+    model.to(device)  # type: ignore[arg-type]
+    model.train()
     apply_folds(model, fold, config.precision, config.recompute)
     optimizer = make_optimizer(model, config.optimizer)
     if dist.get_rank() == 0:
@@ -150,6 +153,7 @@ def _run_steps(state: TrainingState, folder: Path, data: Path) -> None:
     if position.step:
         log.info("%s continues at step %d", config.name, position.step)
     feed: RowFeed | None = None
+    bad = folder / f"bad-{state.fold.data_rank}.jsonl"
     with Metrics(folder, config.name, config.steps, position.step, active=dist.get_rank() == 0) as metrics:
         for step in range(position.step, config.steps):
             index, step_of_phase = phase_at(config, step)
@@ -160,9 +164,13 @@ def _run_steps(state: TrainingState, folder: Path, data: Path) -> None:
                 feed = RowFeed(loader, state.fold, phase.rows_per_step, start.epoch, start.rows)
                 extend_context(state.model, config.phases[: index + 1])
             started = time.time()
-            batch = feed.next_step()
+            try:
+                batch = feed.next_step()
+            finally:
+                if state.fold.sequence_rank == 0:
+                    list_bad(bad, feed.bad)
             rate = learning_rate(phase, step_of_phase)
-            figures = take_step(state, batch, rate)
+            figures = {**take_step(state, batch, rate), "bad": feed.bad.count}
             metrics.record(step + 1, {"phase": phase.name, **figures, "seconds": time.time() - started})
             done = step + 1
             if config.checkpoint_every and done % config.checkpoint_every == 0 and done < config.steps:
@@ -203,6 +211,14 @@ def take_step(state: TrainingState, batch: Step, rate: float) -> dict[str, float
         "target_tokens": batch.num_targets,
         "dropped": sum_over_world(batch.num_dropped) / state.fold.num_sequence,
     }
+
+
+def list_bad(path: Path, bad: BadSamples) -> None:
+    """Writes the unusable samples of the current phase that `path` does not list yet, one JSON object a line."""
+    known = {line["key"] for line in read_jsonl(path)} if bad.listed else set()
+    if new := [{"key": key, "reason": reason} for key, reason in bad.listed.items() if key not in known]:
+        with path.open("a") as file:
+            file.writelines(json.dumps(line) + "\n" for line in new)
 
 
 def forward_row(state: TrainingState, row: Row) -> torch.Tensor:

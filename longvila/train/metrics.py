@@ -30,7 +30,7 @@ class Metrics:
         if not self._active:
             return self
         path = self._folder / "metrics.jsonl"
-        kept = [line for line in read_metrics(path) if line["step"] <= self._first]
+        kept = [line for line in read_jsonl(path) if line["step"] <= self._first]
         self._file = path.open("w")
         self._file.writelines(json.dumps(line) + "\n" for line in kept)
         self._writer = SummaryWriter(str(self._folder / "tensorboard"), purge_step=self._first + 1)
@@ -66,8 +66,8 @@ class Metrics:
             self._writer.close()
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; a last line cut by a crash is left out."""
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file, none if it does not exist; a last line cut by a crash is left out."""
     if not path.exists():
         return []
     lines = []

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from longvila.config import PARTS, StageConfig
-from longvila.train.metrics import read_metrics
+from longvila.train.metrics import read_jsonl
 
 
 def write_summary(folder: Path, config: StageConfig, model: nn.Module, moved: dict[str, bool], seconds: float) -> None:
@@ -22,7 +22,7 @@ def write_summary(folder: Path, config: StageConfig, model: nn.Module, moved: di
         moved: for each part, whether any of its parameters differs from where the stage started.
         seconds: wall-clock time of the last session of the stage (a resumed stage counts only its last).
     """
-    lines = read_metrics(folder / "metrics.jsonl")
+    lines = read_jsonl(folder / "metrics.jsonl")
     counts = {
         part: {
             "trained": sum(p.numel() for p in getattr(model, part).parameters() if p.requires_grad),
