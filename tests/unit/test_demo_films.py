@@ -111,7 +111,9 @@ def test_two_threads_make_what_one_makes(cache):
 
 def test_bounds_are_kept_and_impossible_ones_refused(cache):
     made = list(demo.samples("medium", 12, cache=cache, threads=1, shortest=24, longest=30))
-    assert {24 <= sample.metadata["seconds"] <= 30 for sample in made} == {True}
+    for sample in made:
+        assert 24 <= sample.metadata["seconds"] <= 30
+        assert len(decode(sample.media)[1]) == 2 * sample.metadata["seconds"]
     for wrong in ({"shortest": 1}, {"shortest": 20, "longest": 10}):
         with pytest.raises(ConfigError, match="shortest must be at least 4"):
             next(demo.samples("short", 1, cache=cache, **wrong))
