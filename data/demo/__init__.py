@@ -52,8 +52,7 @@ def samples(
         count: pictures, films or texts. Two films of three give two samples each.
         seed: another seed gives other samples.
         cache: folder of the backdrops, filled on first use.
-        shortest, longest: bounds of a film in seconds, or of a long text in words; None takes the split's own. A
-            needle is seen for one second: sample these films at one frame a second, with a cap of `longest` frames.
+        shortest, longest: bounds of a film in seconds, or of a long text in words; None takes the split's own.
         threads: how many make films at the same time.
 
     Raises:

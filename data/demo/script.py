@@ -14,8 +14,9 @@ from typing import Literal
 from .draw import CARD_SIZE, COLOURS, OBJECT_SIZE, PLACES, SHAPES
 
 DIRECTIONS = ("left", "right", "up", "down")
-LONGEST_STRIDE = 128
-"""An event fills at least 1/LONGEST_STRIDE of its film, so that many frames, spread evenly, see it."""
+SEEN_BY = {20: 4, 120: 32}
+"""Films of up to this many seconds: so many frames, spread evenly, see every event. Longer films: SEEN_BY_LONG."""
+SEEN_BY_LONG = 128
 
 Centre = tuple[float, float]
 
@@ -52,7 +53,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Needle:
-    """A picture framed in magenta, with a number or a (colour, shape) on its card, shown for one second."""
+    """A picture framed in magenta, with a number or a (colour, shape) on its card."""
 
     content: int | tuple[str, str]
     centre: Centre
@@ -130,9 +131,16 @@ def event_script(rng: random.Random, seconds: int) -> Script:
 
 
 def needle_script(rng: random.Random, seconds: int) -> Script:
-    """Bare film with one needle, one second long, anywhere."""
-    start = rng.randrange(seconds)
-    return Script(seconds, None, (Event(random_needle(rng), start, start + 1),))
+    """Bare film with one needle anywhere, shown as briefly as `shortest_event` allows."""
+    length = shortest_event(seconds)
+    start = rng.randint(0, seconds - length)
+    return Script(seconds, None, (Event(random_needle(rng), start, start + length),))
+
+
+def shortest_event(seconds: int) -> int:
+    """Seconds that something must be shown, lest few frames, spread evenly over the film, miss it."""
+    frames = next((frames for longest, frames in SEEN_BY.items() if seconds <= longest), SEEN_BY_LONG)
+    return math.ceil(seconds / frames)
 
 
 def still_script(rng: random.Random) -> tuple[Script, float]:
@@ -153,7 +161,7 @@ def _spread(rng: random.Random, things: list[Object | Number], seconds: int) -> 
     for k, thing in enumerate(things):
         first, last = seconds * k // len(things), seconds * (k + 1) // len(things)
         wanted = rng.randint(4, 6) if isinstance(thing, Object) else rng.randint(3, 4)
-        length = min(max(wanted, math.ceil(seconds / LONGEST_STRIDE) + 1), last - first)
+        length = min(max(wanted, shortest_event(seconds)), last - first)
         start = rng.randint(first, last - length)
         events.append(Event(thing, start, start + length))
     return tuple(events)

@@ -57,7 +57,7 @@ def test_an_encoded_film_shows_the_object_where_the_script_puts_it():
 
 
 def test_a_needle_is_on_screen_for_its_second_only():
-    story = script.needle_script(script.generator("test", 0, 3), 30)
+    story = script.needle_script(script.generator("test", 0, 3), 128)
     backdrop = backdrops.Backdrop(GREY[None].repeat(40, axis=0))
     _, frames = decode(film.make_film(story, backdrop, script.generator("test", 0, 3)))
     framed = [time for time, frame in frames if np.abs(frame[3, 3].astype(int) - draw.NEEDLE_FRAME).max() < 60]
