@@ -11,7 +11,8 @@ import inspect
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from longvila import content
-from longvila.errors import ConfigError, LongvilaError
+from longvila.errors import LongvilaError
 
 app = typer.Typer(
     name="longvila",
@@ -33,11 +34,49 @@ app = typer.Typer(
 output = Console()
 errors = Console(stderr=True)
 
+
+@contextmanager
+def errors_in_one_line(traceback: bool = False) -> Iterator[None]:
+    """Prints a LongvilaError and exits with 1, unless `traceback`."""
+    try:
+        yield
+    except LongvilaError as error:
+        if traceback:
+            raise
+        rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
+        errors.print(f"[bold red]error[/]{rank}: {escape(' '.join(str(error).split()))}", soft_wrap=True)
+        raise typer.Exit(1) from None
+
+
+def list_options(context: typer.Context, values: list[str] | None) -> list[str] | None:
+    """Prints the options of a content file, and exits, when `-o help` asks for them."""
+    if "help" not in (values or []):
+        return values
+    with errors_in_one_line():
+        if context.command.name == "pack":
+            name = "evaluation" if context.params["evaluation"] else None
+            function = content.entry("data", context.params["source"], name)
+        else:
+            function = content.entry("eval", context.params["benchmark"])
+    output.print(inspect.getdoc(function) or "", markup=False, soft_wrap=True)
+    for name, parameter in content.parameters(function).items():
+        value = parameter.default
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        default = "needed" if value is parameter.empty else f"default {text}"
+        line = f"  {name:<16} {content.describe(parameter.annotation):<24} {default}"
+        output.print(line, markup=False, soft_wrap=True)
+    raise typer.Exit
+
+
 Scale = Annotated[str, typer.Option(help="tiny, small, 1.5b or 7b: how large the models and the stages are.")]
 Options = Annotated[
     list[str] | None,
     typer.Option(
-        "--option", "-o", metavar="KEY=VALUE", help="An option of the file; may be repeated; 'help' lists them."
+        "--option",
+        "-o",
+        metavar="KEY=VALUE",
+        callback=list_options,
+        help="An option of the file; may be repeated; '-o help' lists them.",
     ),
 ]
 Run = Annotated[Path, typer.Option(help="The run's folder, e.g. runs/demo.")]
@@ -49,14 +88,8 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def run(*args: Any, traceback: bool, **kwargs: Any) -> None:
-        try:
+        with errors_in_one_line(traceback):
             function(*args, **kwargs)
-        except LongvilaError as error:
-            if traceback:
-                raise
-            rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
-            errors.print(f"[bold red]error[/]{rank}: {escape(' '.join(str(error).split()))}", soft_wrap=True)
-            raise typer.Exit(1) from None
 
     option = typer.Option("--traceback", help="Show the whole traceback of an error.")
     parameters = [
@@ -73,22 +106,17 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
 
 @verb
 def pack(
-    source: Annotated[str, typer.Argument(help="A file of data/ by name, or the path of a .py file.")],
+    source: Annotated[str, typer.Argument(is_eager=True, help="A file of data/ by name, or the path of a .py file.")],
     out: Annotated[Path, typer.Option(help="The folder to write; it must be new or empty.")],
     option: Options = None,
-    evaluation: Annotated[bool, typer.Option("--evaluation", help="Write its evaluation files, not shards.")] = False,
+    evaluation: Annotated[
+        bool, typer.Option("--evaluation", is_eager=True, help="Write the source's evaluation files instead.")
+    ] = False,
     samples_per_shard: Annotated[int, typer.Option(min=1, help="Samples in one tar at most.")] = 500,
 ) -> None:
     """Turn a data source into webdataset shards."""
-    module = content.load("data", source)
-    function = content.entry("data", source)
-    if evaluation:
-        function = getattr(module, "evaluation", None)
-        if function is None:
-            raise ConfigError(f"source '{source}' has no evaluation files; leave --evaluation out to pack its samples")
-    if _asks_help(function, option, given=("out",)):
-        return
-    values = content.options(function, option or [], given=("out",))
+    function = content.entry("data", source, "evaluation" if evaluation else None)
+    values = content.options(function, option or [])
     if evaluation:
         function(out, **values)
         output.print(f"evaluation files of '{source}' written to {out}")
@@ -150,17 +178,16 @@ def train(
 
 @verb
 def eval_(
-    benchmark: Annotated[str, typer.Argument(help="A file of eval/ by name, or the path of a .py file.")],
+    benchmark: Annotated[
+        str, typer.Argument(is_eager=True, help="A file of eval/ by name, or the path of a .py file.")
+    ],
     checkpoint: Checkpoint,
     data: Annotated[Path, typer.Option(help="The benchmark's files.")],
     out: Annotated[Path, typer.Option(help="The folder for responses and scores.")],
     option: Options = None,
 ) -> None:
     """Run one benchmark on a checkpoint. Under torchrun the ranks share its questions."""
-    function = content.entry("eval", benchmark)
-    if _asks_help(function, option, given=("data",)):
-        return
-    values = content.options(function, option or [], given=("data",))
+    values = content.options(content.entry("eval", benchmark), option or [])
     from longvila.evaluate.runner import run_benchmark
 
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -238,20 +265,6 @@ def _answerer(checkpoint: Path) -> Any:
     model, tokenizer = load_model(checkpoint)
     torch.nn.Module.to(model, device)  # transformers wraps `model.to` in a way that a type checker misreads
     return Answerer(model, tokenizer)
-
-
-def _asks_help(function: Callable[..., Any], option: list[str] | None, given: tuple[str, ...]) -> bool:
-    """Prints the options of a content file when `-o help` asks for them."""
-    if "help" not in (option or []):
-        return False
-    output.print(inspect.getdoc(function) or "", markup=False, soft_wrap=True)
-    for name, parameter in content.parameters(function, given).items():
-        value = parameter.default
-        text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-        default = "needed" if value is parameter.empty else f"default {text}"
-        line = f"  {name:<16} {content.describe(parameter.annotation):<24} {default}"
-        output.print(line, markup=False, soft_wrap=True)
-    return True
 
 
 def _print_bars(figures: dict[str, Any]) -> None:

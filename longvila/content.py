@@ -14,7 +14,7 @@ import inspect
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -25,6 +25,9 @@ Kind = Literal["data", "stages", "eval"]
 
 ENTRIES: dict[str, str] = {"data": "samples", "stages": "config", "eval": "requests"}
 """The function that makes a file content of its kind. A file without it (`stages/base.py`) helps the others."""
+
+GIVEN: dict[str, str] = {"evaluation": "out", "requests": "data"}
+"""The one parameter of these functions that the verb passes itself; all others are options."""
 
 NOUNS: dict[str, str] = {"data": "data source", "stages": "stage", "eval": "benchmark"}
 
@@ -58,32 +61,32 @@ def load(kind: Kind, name: str) -> ModuleType:
     return importlib.import_module(f"{PACKAGE}.{kind}.{name}")
 
 
-def entry(kind: Kind, name: str) -> Callable[..., Any]:
-    """The entry function of one content file. Raises ConfigError when the file or the function does not exist."""
+def entry(kind: Kind, name: str, function: str | None = None) -> Callable[..., Any]:
+    """The entry function of one content file, or its `function`. Raises ConfigError when either does not exist."""
     module = load(kind, name)
-    function = getattr(module, ENTRIES[kind], None)
-    if function is None:
-        raise ConfigError(f"{module.__file__} is no {NOUNS[kind]}: it does not define {ENTRIES[kind]}()")
-    return function
+    function = function or ENTRIES[kind]
+    if not hasattr(module, function):
+        raise ConfigError(f"the {NOUNS[kind]} {module.__file__} does not define {function}()")
+    return getattr(module, function)
 
 
-def parameters(function: Callable[..., Any], given: Sequence[str] = ()) -> dict[str, inspect.Parameter]:
-    """The parameters of an entry function that options may set: all but `given`, which the caller passes itself."""
+def parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The parameters of a content function that options may set."""
     hints = typing.get_type_hints(function)
     return {
         name: parameter.replace(annotation=hints.get(name, str))
         for name, parameter in inspect.signature(function).parameters.items()
-        if name not in given
+        if name != GIVEN.get(function.__name__)
     }
 
 
-def options(function: Callable[..., Any], assignments: Iterable[str], given: Sequence[str] = ()) -> dict[str, Any]:
+def options(function: Callable[..., Any], assignments: Iterable[str]) -> dict[str, Any]:
     """Keyword arguments from `key=value` texts, converted by the annotations of `function`.
 
     Raises:
         ConfigError: for an unknown or missing option (those there are get named) or a value of another type.
     """
-    known = parameters(function, given)
+    known = parameters(function)
     listing = ", ".join(known) or "none"
     values: dict[str, Any] = {}
     for assignment in assignments:

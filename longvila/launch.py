@@ -1,7 +1,7 @@
 """torchrun, for processes that say themselves what went wrong: `python -m longvila.launch TORCHRUN_ARGUMENTS`.
 
 torchrun ends a failed run with its own stack trace and a table of exit codes, some forty lines below the one that
-matters. The ranks have printed their error already, as one line or as a traceback, so here only the exit status is kept.
+matters. The ranks have printed their error already, as one line or as a traceback: only the exit status is kept.
 """
 
 import sys

@@ -85,11 +85,18 @@ def test_a_missing_checkpoint_is_one_line_that_names_it(tmp_path: Path):
 def test_option_help_lists_the_options_of_a_file(tmp_path: Path):
     source = tmp_path / "mine.py"
     source.write_text('def samples(videos: str, count: int = 3):\n    """My videos."""\n    yield from ()\n')
-    result = runner.invoke(app, ["pack", str(source), "--out", str(tmp_path / "out"), "-o", "help"])
+    result = runner.invoke(app, ["pack", "-o", "help", str(source)])
     assert result.exit_code == 0
     assert "My videos." in result.output
     assert result.output.split("\n")[1].split() == ["videos", "str", "needed"]
     assert result.output.split("\n")[2].split() == ["count", "int", "default", "3"]
+
+
+def test_option_help_of_an_unknown_file_is_one_line():
+    result = runner.invoke(app, ["eval", "nothing", "-o", "help"])
+    assert result.exit_code == 1
+    assert "there is no benchmark 'nothing'" in result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 def test_a_source_without_evaluation_files_says_so(tmp_path: Path):
@@ -97,7 +104,7 @@ def test_a_source_without_evaluation_files_says_so(tmp_path: Path):
     source.write_text("def samples():\n    yield from ()\n")
     result = runner.invoke(app, ["pack", str(source), "--out", str(tmp_path / "out"), "--evaluation"])
     assert result.exit_code == 1
-    assert "has no evaluation files" in result.stderr
+    assert "does not define evaluation()" in result.stderr
 
 
 def test_doctor_names_what_the_machine_has():

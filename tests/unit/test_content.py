@@ -39,7 +39,7 @@ def test_an_unknown_name_is_answered_with_the_names_there_are():
 
 def test_a_file_without_the_entry_function_is_refused_by_name(tmp_path: Path):
     path = source(tmp_path / "empty.py", "x = 1\n")
-    with pytest.raises(ConfigError, match=r"empty\.py is no data source: it does not define samples\(\)"):
+    with pytest.raises(ConfigError, match=r"data source .*empty\.py does not define samples\(\)"):
         content.entry("data", path)
 
 
@@ -75,7 +75,7 @@ def test_an_installed_wheel_finds_the_content_it_carries(tmp_path: Path):
 
 
 def options_of(*assignments: str) -> dict[str, Any]:
-    def samples(
+    def evaluation(
         out: Path,
         videos: Path,
         split: Literal["short", "long"] = "short",
@@ -86,7 +86,7 @@ def options_of(*assignments: str) -> dict[str, Any]:
         name: str = "",
     ) -> None: ...
 
-    return content.options(samples, assignments, given=("out",))
+    return content.options(evaluation, assignments)
 
 
 @pytest.mark.parametrize(
