@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -52,7 +53,7 @@ def run_ranks(function: Callable[..., Any], ranks: int, *args: Any, timeout: flo
 def _receive(pipe: Any, timeout: float) -> tuple[bool, Any]:
     try:
         if pipe.poll(timeout):
-            return pipe.recv()
+            return pickle.loads(pipe.recv_bytes())
         return False, f"no answer within {timeout} s"
     except EOFError:
         return False, "the process ended without an answer"
@@ -73,7 +74,8 @@ def _rank_main(
         answer = (True, function(*args))
     except BaseException:
         answer = (False, traceback.format_exc())
-    pipe.send(answer)
+    # Plain pickle copies tensors; multiprocessing's would share memory with a process that is about to end.
+    pipe.send_bytes(pickle.dumps(answer))
     pipe.close()
     # No clean-up: peers of a failed rank would wait for each other in it.
     os._exit(0)

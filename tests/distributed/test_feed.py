@@ -1,0 +1,104 @@
+"""What ranks agree on before each step: ends, drops, errors. Nobody waits for a rank that went another way."""
+
+from dataclasses import replace
+
+import pytest
+
+from longvila.config import ParallelConfig
+from longvila.errors import DataError
+from longvila.parallel.fold import make_fold
+from longvila.parallel.launch import RankError, run_ranks
+from longvila.train.feed import IGNORE, RowFeed
+
+from .training_parts import RowList, make_rows
+
+SEQUENCE = ParallelConfig(inner=2)
+
+
+def read_uneven_epochs():
+    """Data rank 0 has three rows, data rank 1 has one; steps of one row."""
+    fold = make_fold(ParallelConfig(), "cpu")
+    rows = make_rows(fold, range(3) if fold.data_rank == 0 else range(3, 4))
+    feed = RowFeed(RowList(rows), fold, rows_per_step=1)
+    seen = []
+    for _ in range(4):
+        step = feed.next_step()
+        seen.append((feed.epoch, feed.rows, step.rows[0].keys[0], step.num_targets))
+    return seen
+
+
+def test_data_ranks_end_an_epoch_together_and_nothing_is_left_unread():
+    first, second = run_ranks(read_uneven_epochs, 2)
+    assert [(epoch, rows) for epoch, rows, _, _ in first] == [(0, 1), (0, 2), (0, 3), (1, 1)]
+    assert [key for _, _, key, _ in first] == ["row0-0", "row1-0", "row2-0", "row0-0"]
+    assert [key for _, _, key, _ in second] == ["row3-0", "", "", "row3-0"]
+    assert [targets for *_, targets in first] == [targets for *_, targets in second]
+
+
+def read_with_a_failure(failing_rank):
+    fold = make_fold(SEQUENCE, "cpu")
+    (row,) = make_rows(fold, [0])
+    if fold.sequence_rank == failing_rank:
+        row = replace(row, failed=((0, "cannot be decoded"),))
+    loader = RowList([row, row])
+    feed = RowFeed(loader, fold, rows_per_step=1)
+    step = feed.next_step()
+    feed.next_step()
+    labels = step.rows[0].labels.split(list(row.lengths))
+    kept = [int((one != IGNORE).sum()) for one in labels]
+    before = [int((one != IGNORE).sum()) for one in row.labels.split(list(row.lengths))]
+    return kept, before, step.num_targets, step.num_dropped, loader.bad.listed
+
+
+@pytest.mark.parametrize("failing_rank", [0, 1])
+def test_a_document_that_one_rank_cannot_decode_is_dropped_by_its_whole_group(failing_rank):
+    answers = run_ranks(read_with_a_failure, 2, failing_rank)
+    for kept, before, num_targets, num_dropped, listed in answers:
+        assert before[0] > 0
+        assert kept == [0, *before[1:]]
+        assert num_targets == sum(before[1:])
+        assert num_dropped == 1
+        assert list(listed) == ["row0-0"]
+    assert answers[failing_rank][-1]["row0-0"] == "cannot be decoded"
+
+
+class BrokenOnOneRank(RowList):
+    def epoch(self, epoch, skip=0):
+        yield self.rows[0]
+        raise DataError("shard-3.tar is unreadable")
+
+
+def read_past_an_error():
+    fold = make_fold(ParallelConfig(), "cpu")
+    rows = make_rows(fold, range(4))
+    feed = RowFeed((BrokenOnOneRank if fold.data_rank == 1 else RowList)(rows), fold, rows_per_step=1)
+    feed.next_step()
+    feed.next_step()
+
+
+def test_an_error_on_one_rank_stops_every_rank_at_once():
+    with pytest.raises(RankError) as caught:
+        run_ranks(read_past_an_error, 2, timeout=60.0)
+    assert "DataError: shard-3.tar is unreadable" in str(caught.value)
+    assert "DataError: rank 1 could not read its data" in str(caught.value)
+
+
+def read_different_rows():
+    fold = make_fold(SEQUENCE, "cpu")
+    feed = RowFeed(RowList(make_rows(fold, [fold.sequence_rank])), fold, rows_per_step=1)
+    feed.next_step()
+
+
+def test_ranks_of_a_sequence_group_that_read_different_rows_are_refused():
+    with pytest.raises(RankError, match="read different rows"):
+        run_ranks(read_different_rows, 2)
+
+
+def read_nothing():
+    fold = make_fold(ParallelConfig(), "cpu")
+    RowFeed(RowList([]), fold, rows_per_step=1).next_step()
+
+
+def test_an_epoch_without_a_usable_sample_is_an_error_and_not_an_endless_loop():
+    with pytest.raises(RankError, match="no usable sample in epoch 0"):
+        run_ranks(read_nothing, 2)

@@ -1,0 +1,116 @@
+"""Steps on several ranks give the weights of one process, and a checkpoint continues on another number of ranks."""
+
+import pytest
+import torch
+
+from longvila.config import ParallelConfig
+from longvila.parallel.launch import run_ranks
+from longvila.train.checkpoint import Position, checkpoints, load_checkpoint, save_checkpoint
+from longvila.train.feed import Step
+from longvila.train.loop import part_checksums, take_step
+
+from .training_parts import RATE, checkpoint_folder, make_rows, make_state, whole_weights
+
+NUM_ROWS = 4
+
+
+def steps(state, first, count):
+    """Takes steps of NUM_ROWS rows each, dealt to the data ranks; returns their figures."""
+    figures = []
+    for step in range(first, first + count):
+        start = NUM_ROWS * step
+        everything = make_rows(state.fold, range(start, start + NUM_ROWS))
+        mine = tuple(everything[state.fold.data_rank :: state.fold.num_data])
+        targets = sum(int((row.labels != -100).sum()) for row in everything)
+        figures.append(take_step(state, Step(mine, targets, 0), RATE))
+    return figures
+
+
+def train_three_steps(parallel):
+    state = make_state(parallel)
+    figures = steps(state, 0, 3)
+    return figures, whole_weights(state.model)
+
+
+@pytest.fixture(scope="module")
+def one_process():
+    return run_ranks(train_three_steps, 1, ParallelConfig())[0]
+
+
+@pytest.mark.parametrize(
+    ("world", "parallel"),
+    [
+        (2, ParallelConfig()),
+        (2, ParallelConfig(inner=2)),
+        (2, ParallelConfig(head=2)),
+        (4, ParallelConfig(inner=2, layout="zigzag")),
+        (4, ParallelConfig(head=2, outer=2)),
+    ],
+)
+def test_steps_on_several_ranks_give_the_weights_of_one_process(world, parallel, one_process):
+    expected_figures, expected = one_process
+    for figures, weights in run_ranks(train_three_steps, world, parallel):
+        for mine, theirs in zip(figures, expected_figures, strict=True):
+            for name in ("loss", "grad_norm", "tokens", "frames", "target_tokens"):
+                assert mine[name] == pytest.approx(theirs[name], rel=1e-9), name
+        for name, weight in weights.items():
+            # AdamW divides by the root of the squared gradient, which magnifies rounding where that is near 0.
+            assert (weight - expected[name]).abs().max() < 1e-6 * 3 * RATE + 1e-12, name
+
+
+def save_after_two(parallel, root):
+    state = make_state(parallel)
+    steps(state, 0, 2)
+    save_checkpoint(checkpoint_folder(root), state.model, state.optimizer, Position(2, 0, 8), keep=1)
+    steps(state, 2, 1)
+    return whole_weights(state.model)
+
+
+def continue_after_two(parallel, root):
+    state = make_state(parallel)
+    position = load_checkpoint(checkpoint_folder(root), state.model, state.optimizer)
+    assert position == Position(2, 0, 8)
+    steps(state, 2, 1)
+    return whole_weights(state.model)
+
+
+def test_the_same_ranks_continue_bit_for_bit(tmp_path):
+    parallel = ParallelConfig(inner=2)
+    expected = run_ranks(save_after_two, 2, parallel, str(tmp_path))[0]
+    resumed = run_ranks(continue_after_two, 2, parallel, str(tmp_path))[0]
+    assert all(torch.equal(resumed[name], weight) for name, weight in expected.items())
+
+
+def test_another_number_of_ranks_continues_with_the_same_weights(tmp_path):
+    expected = run_ranks(save_after_two, 2, ParallelConfig(inner=2), str(tmp_path))[0]
+    resumed = run_ranks(continue_after_two, 4, ParallelConfig(head=2), str(tmp_path))[0]
+    for name, weight in expected.items():
+        assert (resumed[name] - weight).abs().max() < 1e-9, name
+
+
+def save_three(root):
+    state = make_state(ParallelConfig())
+    for step in range(3):
+        save_checkpoint(checkpoint_folder(root), state.model, state.optimizer, Position(step), keep=2)
+
+
+def test_a_broken_off_save_is_no_checkpoint_and_old_ones_are_removed(tmp_path):
+    run_ranks(save_three, 1, str(tmp_path))
+    folder = checkpoint_folder(str(tmp_path))
+    assert [path.name for path in checkpoints(folder)] == ["step-000001", "step-000002"]
+    (folder / "step-000003.part").mkdir()
+    (folder / "step-000003.part" / "position.json").write_text("{}")
+    assert checkpoints(folder)[-1].name == "step-000002"
+
+
+def train_projector():
+    state = make_state(ParallelConfig(inner=2), trains=("projector",))
+    before = part_checksums(state.model)
+    steps(state, 0, 1)
+    after = part_checksums(state.model)
+    return {part: before[part] != after[part] for part in before}
+
+
+def test_only_the_parts_that_a_stage_trains_move():
+    for moved in run_ranks(train_projector, 2):
+        assert moved == {"vision": False, "projector": True, "language_model": False}
