@@ -7,12 +7,12 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=${PYTHON:-python3}
 stamp=.venv/installed
 
-if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
-    echo "error: longvila needs Python 3.11 or newer; '$python' is $("$python" -V 2>&1 || echo missing)." \
-        "Name another with PYTHON=..." >&2
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    found=$("$python" -V 2>/dev/null) || found="not there"
+    echo "error: longvila needs Python 3.11 or newer, but '$python' is $found; name another with PYTHON=..." >&2
     exit 1
 fi
-if [ ! -x .venv/bin/python ]; then
+if [ ! -x .venv/bin/pip ]; then
     "$python" -m venv .venv
 fi
 wanted=$(.venv/bin/python -c 'import hashlib; print(hashlib.sha256(open("pyproject.toml", "rb").read()).hexdigest())')
