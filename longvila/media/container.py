@@ -21,6 +21,9 @@ from av.video.stream import VideoStream
 
 from longvila.errors import MediaError
 
+LAST_FRAME_SECONDS = 1.0
+"""How long the last frame stands, at most, where the file does not say."""
+
 
 @contextmanager
 def open_video(media: bytes | Path, name: str) -> Iterator[tuple[InputContainer, VideoStream]]:
@@ -71,7 +74,7 @@ def read_packets(container: InputContainer, stream: VideoStream) -> Iterator[Pac
 def decode_packets(
     packets: Iterator[Packet[VideoStream]], container: InputContainer, damaged: list[int]
 ) -> Iterator[tuple[int, VideoFrame]]:
-    """Frames with the time each begins (ticks of the stream), in that order; damaged packets' times go to `damaged`.
+    """Frames with the time each begins (ticks of the stream), in that order; the times of damaged ones go to `damaged`.
 
     AVI stores no presentation times, and FFmpeg reports the order of storage instead. There the n-th frame that leaves
     the decoder takes the time of the n-th packet that entered it.
@@ -89,4 +92,6 @@ def decode_packets(
         for frame in frames:
             begins = stored_order.popleft() if stored_order else frame.pts
             if begins is not None:
+                if frame.is_corrupt:  # the decoder has patched it up from its neighbours
+                    damaged.append(begins)
                 yield begins, frame

@@ -23,12 +23,10 @@ from av.video.stream import VideoStream
 from PIL import Image, ImageOps
 
 from longvila.errors import MediaError
-from longvila.media.container import decode_packets, open_video, read_packets, ticks_per_second
+from longvila.media.container import LAST_FRAME_SECONDS, decode_packets, open_video, read_packets, ticks_per_second
 
 SEEK_GAIN = 0.5
 """Seconds of video that a jump must save: after one, the decoder has to fill its reordering queue again."""
-END_TOLERANCE = 1.0
-"""Seconds past the last frame's start for which that frame still stands."""
 
 
 def decode_frames(media: bytes | Path, timestamps: Sequence[float], size: int, name: str) -> torch.Tensor:
@@ -96,9 +94,10 @@ def _frames_at(
         target = reader.start + int((timestamp + 0.0005) * reader.second)
         reader.advance(target)
         begins, frame = reader.current
-        if any(begins < time <= target for time in reader.damaged):
+        # Damage lasts until the next key frame: frames in between are predicted from damaged ones.
+        if any(reader.key <= time <= target for time in reader.damaged):
             raise MediaError(f"{name}: the frame at {timestamp:.2f} s is damaged")
-        if reader.following is None and target > begins + max(frame.duration, END_TOLERANCE * reader.second):
+        if reader.following is None and target > begins + max(frame.duration, LAST_FRAME_SECONDS * reader.second):
             last = (begins - reader.start) / reader.second
             raise MediaError(f"{name}: no frame at {timestamp:.2f} s, its last frame begins at {last:.2f} s")
         yield frame
@@ -115,14 +114,14 @@ class _Reader:
         self.stream = stream
         self.second = ticks_per_second(stream)
         self.damaged: list[int] = []
-        """Times of the damaged packets met so far."""
+        """Times of the damaged frames met so far."""
         if "matroska" in container.format.name:
             container.seek(0)  # its index is only read at the first seek
         self.frames = self._decode()
         first = next(self.frames, None)
         if first is None:
             raise MediaError(f"{name}: no frame with a timestamp can be decoded")
-        self.start = first[0]
+        self.start = self.key = first[0]
         self.current = first
         self.following = next(self.frames, None)
 
@@ -134,7 +133,13 @@ class _Reader:
         if self.following is not None and self.following[0] <= target:
             self._jump(target)
         while self.following is not None and self.following[0] <= target:
-            self.current, self.following = self.following, next(self.frames, None)
+            self._show(self.following)
+            self.following = next(self.frames, None)
+
+    def _show(self, shown: tuple[int, VideoFrame]) -> None:
+        self.current = shown
+        if shown[1].key_frame:
+            self.key = shown[0]
 
     def _jump(self, target: int) -> None:
         """Seeks to the last key frame from which `target` can be reached, where that saves decoding."""
@@ -153,5 +158,5 @@ class _Reader:
     def _seek(self, timestamp: int) -> None:
         self.container.seek(timestamp, stream=self.stream)
         self.frames = self._decode()
-        self.current = next(self.frames, self.current)
+        self._show(next(self.frames, self.current))
         self.following = next(self.frames, None)

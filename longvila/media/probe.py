@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from longvila.errors import MediaError
-from longvila.media.container import decode_packets, open_video, read_packets, ticks_per_second
+from longvila.media.container import LAST_FRAME_SECONDS, decode_packets, open_video, read_packets, ticks_per_second
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def probe(media: bytes | Path, name: str) -> VideoInfo:
     shown = [(time, duration) for time, duration in shown if time >= start]
     last, last_duration = max(shown)
     if not last_duration and len(shown) > 1:
-        last_duration = (last - start) / (len(shown) - 1)
+        last_duration = min((last - start) / (len(shown) - 1), LAST_FRAME_SECONDS * second)
     duration = (last + last_duration - start) / second or 1 / float(rate or 1)
     return VideoInfo(
         duration=duration,

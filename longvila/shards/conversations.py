@@ -81,17 +81,20 @@ def to_messages(record: dict[str, Any], media_type: Literal["video", "image", "t
     turns = record.get("messages", record.get("conversations"))
     if not isinstance(turns, list) or not turns:
         raise DataError("has no conversation: 'messages' or 'conversations' must be a list of turns")
-    messages = [{"role": _role(turn), "content": _parts(turn, media_type)} for turn in turns]
+    place = {"type": "video" if media_type == "text" else media_type}
+    messages = [{"role": _role(turn), "content": _parts(turn, place)} for turn in turns]
     if all(message["role"] != "assistant" for message in messages):
         raise DataError("has no answer: no turn of role 'assistant' (or from 'gpt')")
     places = sum(part["type"] != "text" for message in messages for part in message["content"])
-    if places > 1 or (places and media_type == "text"):
-        raise DataError(f"marks {places} places for media; it has {'none' if media_type == 'text' else 'one'}")
+    if places and media_type == "text":
+        raise DataError("marks a place for media and names no file ('video' or 'image')")
+    if places > 1:
+        raise DataError(f"marks {places} places for its one {media_type}")
     if not places and media_type != "text":
         first = next((message for message in messages if message["role"] == "user"), None)
         if first is None:
             raise DataError(f"has no user turn to show its {media_type} in")
-        first["content"].insert(0, {"type": media_type})
+        first["content"].insert(0, dict(place))
     return messages
 
 
@@ -114,8 +117,8 @@ def _role(turn: Any) -> str:
     return ROLES[name]
 
 
-def _parts(turn: dict[str, Any], media_type: str) -> list[dict[str, Any]]:
-    """The content of a turn as typed parts, markers turned into a part of `media_type`."""
+def _parts(turn: dict[str, Any], place: dict[str, str]) -> list[dict[str, Any]]:
+    """The content of a turn as typed parts, markers turned into the part `place`."""
     content = turn.get("content", turn.get("value"))
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
@@ -125,12 +128,12 @@ def _parts(turn: dict[str, Any], media_type: str) -> list[dict[str, Any]]:
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind in ("video", "image"):
-            parts.append({"type": media_type})
+            parts.append(dict(place))
         elif kind == "text" and isinstance(part.get("text"), str):
             before, *others = MARKER.split(part["text"])
             parts += _text(before)
             for text in others:
-                parts += [{"type": media_type}, *_text(text)]
+                parts += [dict(place), *_text(text)]
         else:
             raise DataError(f"a turn has a part that is neither text, video nor image: {str(part)[:80]}")
     return parts

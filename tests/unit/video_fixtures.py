@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import shutil
+import tempfile
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -57,8 +59,8 @@ def make_video(
         rotation: counter-clockwise degrees that players are told to turn the picture.
         offset: start of the first frame, in units of 1/fps seconds.
     """
-    file = io.BytesIO()
-    with av.open(file, "w", format=container, options=container_options or {}) as output:
+    file = Path(tempfile.mkdtemp()) / f"film.{container}"  # some muxers read back what they wrote
+    with av.open(str(file), "w", format=container, options=container_options or {}) as output:
         stream = output.add_stream(codec, rate=fps, options=options or {})
         assert isinstance(stream, av.VideoStream)
         stream.width, stream.height = width, height
@@ -73,7 +75,9 @@ def make_video(
             frame.time_base = Fraction(1, fps)
             output.mux(stream.encode(frame))
         output.mux(stream.encode(None))
-    return file.getvalue()
+    data = file.read_bytes()
+    shutil.rmtree(file.parent)
+    return data
 
 
 def make_audio(seconds: int = 1) -> bytes:

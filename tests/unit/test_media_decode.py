@@ -1,0 +1,145 @@
+"""`longvila.media.decode`: the right frame for each moment, in every container, with and without seeking."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from longvila.errors import MediaError
+from longvila.media import decode, decode_frames, decode_image, probe
+
+from .video_fixtures import make_image, make_video, number_picture, read_number, write
+
+FORMS = [
+    {},
+    {"container": "matroska"},
+    {"container": "mpegts"},
+    {"container": "avi"},
+    {"container": "flv"},
+    {"container": "webm", "codec": "libvpx"},
+    {"container": "webm", "codec": "libvpx", "container_options": {"live": "1"}},
+    {"offset": 50},
+    {"offset": 50, "container": "matroska"},
+    {"container_options": {"movflags": "frag_keyframe+empty_moov"}},
+    {"extra": {"x264-params": "open-gop=1:keyint=20:bframes=3"}},
+]
+
+
+def numbers(media, timestamps, size=48):
+    return [read_number(frame) for frame in decode_frames(media, timestamps, size, "film")]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_each_moment_gets_the_frame_shown_then(form):
+    form = dict(form)
+    data = make_video(num_frames=240, fps=4, options={"g": "20", **form.pop("extra", {})}, **form)
+    for times in (
+        [k / 4 for k in range(0, 240, 3)],
+        [k * 5.0 for k in range(12)],  # each on a key frame
+        [k * 7.3 for k in range(8)],
+        [7.25, 55.5, 55.75, 59.0],
+        [59.75],
+        [4.99],
+    ):
+        assert numbers(data, times) == [int(time * 4) for time in times]
+
+
+def test_distant_frames_are_reached_by_seeking_and_near_ones_are_not(monkeypatch):
+    seeks = []
+    seek = decode._Reader._seek
+    monkeypatch.setattr(decode._Reader, "_seek", lambda self, time: (seeks.append(time), seek(self, time)))
+    data = make_video(num_frames=240, fps=4, options={"g": "20"})
+    numbers(data, [0.0, 0.5, 1.0, 1.5])
+    assert not seeks
+    numbers(data, [0.0, 52.0])
+    assert len(seeks) == 1
+
+
+def test_times_may_come_in_any_order_and_repeat():
+    assert numbers(make_video(num_frames=40), [9.0, 0.0, 5.25, 5.25, 5.3]) == [36, 0, 21, 21, 21]
+
+
+def test_a_variable_frame_rate_shows_each_frame_until_the_next():
+    data = make_video(times=(0, 1, 2, 3, 20, 30, 39), fps=4)
+    assert numbers(data, [0.0, 0.6, 4.9, 5.0, 7.4, 7.5, 9.75]) == [0, 2, 3, 4, 4, 5, 6]
+
+
+def test_thirds_of_a_second_are_found_in_containers_that_count_milliseconds():
+    data = make_video(num_frames=30, fps=3, container="matroska")
+    assert numbers(data, [k / 3 for k in range(30)]) == list(range(30))
+
+
+def test_frames_are_square_rgb_whatever_the_shape_of_the_video():
+    frames = decode_frames(make_video(width=95, height=63), [0.0, 1.0], 32, "film")
+    assert frames.shape == (2, 3, 32, 32)
+    assert frames.dtype == torch.uint8
+    assert frames.is_contiguous()
+    red, green, blue = frames[0, :, 29, 16].tolist()
+    assert red > 180
+    assert max(green, blue) < 70
+
+
+def test_the_pixels_are_those_that_were_encoded():
+    data = make_video(num_frames=4, width=96, height=96, options={"crf": "5"})
+    wanted = torch.from_numpy(number_picture(3, 96, 96)).permute(2, 0, 1).float()
+    assert (decode_frames(data, [0.75], 96, "film")[0].float() - wanted).abs().mean() < 4
+
+
+@pytest.mark.parametrize(("rotation", "red"), [(0, (44, 24)), (90, (24, 44)), (180, (4, 24)), (270, (24, 4))])
+def test_frames_stand_upright(rotation, red):
+    frame = decode_frames(make_video(width=128, height=64, rotation=rotation), [0.0], 48, "film")[0]
+    assert frame[0, red[0], red[1]] > 180  # the red bar, stored at the bottom, turned counter-clockwise
+    sides = [(44, 24), (24, 44), (4, 24), (24, 4)]
+    assert all(frame[0, y, x] < 70 for y, x in sides if (y, x) != red)
+
+
+def test_no_moments_give_no_frames():
+    assert decode_frames(make_video(), [], 32, "film").shape == (0, 3, 32, 32)
+
+
+def test_a_moment_past_the_end_is_refused():
+    data = make_video(num_frames=8, fps=4)
+    assert numbers(data, [2.5]) == [7]
+    with pytest.raises(MediaError, match=r"film: no frame at 60.00 s, its last frame begins at 1.75 s"):
+        decode_frames(data, [0.0, 60.0], 32, "film")
+
+
+def test_a_file_cut_short_gives_the_frames_before_the_cut_and_refuses_the_others():
+    whole = make_video(num_frames=200, options={"g": "20"}, container_options={"movflags": "faststart"})
+    cut = whole[: len(whole) * 2 // 3]
+    info = probe(cut, "film")
+    num_whole = info.num_frames - 4  # frames that refer to one another; the cut goes through the last of them
+    assert numbers(cut, [k / 4 for k in range(num_whole)]) == list(range(num_whole))
+    with pytest.raises(MediaError, match=r"film: (no frame at|the frame at) 49.00 s"):
+        decode_frames(cut, [49.0], 32, "film")
+
+
+def test_a_damaged_frame_is_refused_and_the_others_are_not():
+    data = bytearray(make_video(num_frames=80, codec="libvpx", container="webm", options={"g": "10"}))
+    middle = data.find(b"\x9d\x01\x2a", len(data) // 2)  # the start code of a VP8 key frame
+    data[middle : middle + 3] = bytes(3)
+    frames = [k for k in range(80) if _decodes(bytes(data), k / 4)]
+    assert 40 < len(frames) < 80
+    assert numbers(bytes(data), [k / 4 for k in frames]) == frames
+
+
+def _decodes(data, time):
+    try:
+        decode_frames(data, [time], 32, "film")
+    except MediaError as error:
+        return "is damaged" not in str(error)
+    return True
+
+
+def test_an_image_is_squashed_to_a_square(tmp_path):
+    for data in (make_image(5), make_image(5, format="JPEG"), write(tmp_path / "a.png", make_image(5))):
+        frame = decode_image(data, 48, "picture")
+        assert frame.shape == (3, 48, 48)
+        assert frame.dtype == torch.uint8
+        assert read_number(frame) == 5
+
+
+@pytest.mark.parametrize("data", [b"", b"<html>", make_image()[:200], make_image(format="JPEG")[:700]])
+def test_a_broken_image_is_refused_by_name(data):
+    with pytest.raises(MediaError, match="picture: cannot be read as an image"):
+        decode_image(data, 48, "picture")
