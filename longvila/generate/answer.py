@@ -145,9 +145,12 @@ class Answerer:
         return self._positions_are_fixed() and all(type(layer) is DynamicLayer for layer in cache.layers)
 
     def _positions_are_fixed(self) -> bool:
-        """Whether a position is rotated by the same angle in every prompt; some RoPE scalings look at its length."""
-        rope = str(getattr(self._text_config, "rope_parameters", None))  # one set, or one for each kind of layer
-        return "dynamic" not in rope and "longrope" not in rope
+        """Whether a position is rotated by the same angle in every prompt: LongRoPE has other angles for long ones.
+
+        ("dynamic" scaling has, too, but only past the context, which is refused.)
+        """
+        # One set of parameters, or one for each kind of layer.
+        return "longrope" not in str(getattr(self._text_config, "rope_parameters", None))
 
     def _find_stop_ids(self) -> set[int]:
         """Every special token ends an answer, and so does what the checkpoint's generation settings name."""

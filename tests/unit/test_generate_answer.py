@@ -39,12 +39,14 @@ def sliding_window_model() -> MistralForCausalLM:
     )
 
 
-def dynamic_rope_model():
-    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
-    return qwen3(max_position_embeddings=4096, original_max_position_embeddings=32, rope_parameters=rope)
+def longrope_model():
+    """Its angles change in a prompt of more than 60 tokens: one of the questions below is shorter."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [3.0, 5.0, 7.0, 9.0]}
+    rope = {"rope_type": "longrope", "factor": 8.0, "rope_theta": 10000.0, "original_max_position_embeddings": 60}
+    return qwen3(max_position_embeddings=480, rope_parameters={**rope, **factors})
 
 
-@pytest.mark.parametrize("make", [qwen3, sliding_window_model, dynamic_rope_model])
+@pytest.mark.parametrize("make", [qwen3, sliding_window_model, longrope_model])
 def test_answers_equal_those_of_transformers_whatever_was_asked_before(tmp_path, make, monkeypatch):
     monkeypatch.setattr(answering, "PREFILL_TOKENS", 7)
     answerer = tiny_answerer(tmp_path / "base", make())
