@@ -31,8 +31,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-output = Console()
-errors = Console(stderr=True)
+output = Console(soft_wrap=True)
+errors = Console(stderr=True, soft_wrap=True)
 
 
 @contextmanager
@@ -44,7 +44,7 @@ def errors_in_one_line(traceback: bool = False) -> Iterator[None]:
         if traceback:
             raise
         rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
-        errors.print(f"[bold red]error[/]{rank}: {escape(' '.join(str(error).split()))}", soft_wrap=True)
+        errors.print(f"[bold red]error[/]{rank}: {escape(' '.join(str(error).split()))}")
         raise typer.Exit(1) from None
 
 
@@ -58,13 +58,13 @@ def list_options(context: typer.Context, values: list[str] | None) -> list[str] 
             function = content.entry("data", context.params["source"], name)
         else:
             function = content.entry("eval", context.params["benchmark"])
-    output.print(inspect.getdoc(function) or "", markup=False, soft_wrap=True)
+    output.print(inspect.getdoc(function) or "", markup=False)
     for name, parameter in content.parameters(function).items():
         value = parameter.default
         text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
         default = "needed" if value is parameter.empty else f"default {text}"
         line = f"  {name:<16} {content.describe(parameter.annotation):<24} {default}"
-        output.print(line, markup=False, soft_wrap=True)
+        output.print(line, markup=False)
     raise typer.Exit
 
 
@@ -214,8 +214,8 @@ def caption(
         FrameSampling("fps", frames=frames, fps=1.0),
         question or captioning.QUESTION,
         on_file=lambda file: output.print(f"\n[bold]{escape(str(file))}[/]"),
-        on_text=lambda text: output.print(text, end="", markup=False, soft_wrap=True),
-        on_failure=lambda file, reason: errors.print(f"\n[bold red]skipped[/] {escape(reason)}", soft_wrap=True),
+        on_text=lambda text: output.print(text, end="", markup=False),
+        on_failure=lambda file, reason: errors.print(f"\n[bold red]skipped[/] {escape(reason)}"),
     )
     output.print(f"\n{len(report.captions)} captioned, {len(report.failed)} skipped")
 
@@ -251,7 +251,7 @@ def doctor() -> None:
     for title, lines in examine().items():
         output.print(f"[bold]{title}[/]")
         for name, value in lines.items():
-            output.print(f"  {name:<16} {escape(value)}", soft_wrap=True)
+            output.print(f"  {name:<16} {escape(value)}")
 
 
 def _answerer(checkpoint: Path) -> Any:
