@@ -1,0 +1,106 @@
+"""The stage scripts start the right processes on one machine, on several, and under Slurm.
+
+The programs they call are replaced by ones that print how they were called.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FAKES = {
+    "python": 'echo "python $*"',
+    "scontrol": "printf 'node7\\nnode8\\n'",
+    "srun": 'echo "srun $1"; shift; SLURM_NODEID=1 exec "$@"',
+}
+TRAIN = "--module -- longvila.cli train"
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A folder with the scripts, and beside them `fake/` with the programs they call."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    (tmp_path / "fake").mkdir()
+    for name, body in FAKES.items():
+        program = tmp_path / "fake" / name
+        program.write_text(f"#!/usr/bin/env bash\n{body}\n")
+        program.chmod(0o755)
+    return tmp_path
+
+
+def call(checkout: Path, script: Path, **environment: object) -> subprocess.CompletedProcess:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "NNODES", "NPROC"))}
+    kept["PATH"] = f"{checkout / 'fake'}:{kept['PATH']}"
+    variables = {name: str(value) for name, value in environment.items()}
+    command = [str(script), "--run", "r", "--scale", "7b"]
+    return subprocess.run(command, env=kept | variables, cwd=checkout, capture_output=True, text=True, check=False)
+
+
+def test_one_machine_takes_a_free_port_and_a_rank_for_each_gpu(checkout: Path):
+    result = call(checkout, checkout / "scripts" / "3_short_sft.sh")
+    expected = f"python -m longvila.launch --standalone --nproc-per-node auto {TRAIN} 3_short_sft --run r --scale 7b\n"
+    assert result.stdout == expected
+
+
+def test_several_machines_meet_at_the_first(checkout: Path):
+    where = {"NNODES": 4, "NODE_RANK": 2, "MASTER_ADDR": "node0", "NPROC": 8}
+    result = call(checkout, checkout / "scripts" / "5_long_sft.sh", **where)
+    meeting = "--nnodes 4 --node-rank 2 --master-addr node0 --master-port 29500 --nproc-per-node 8"
+    assert result.stdout == f"python -m longvila.launch {meeting} {TRAIN} 5_long_sft --run r --scale 7b\n"
+
+
+@pytest.mark.parametrize("missing", ["NODE_RANK", "MASTER_ADDR"])
+def test_a_machine_that_does_not_know_its_place_says_what_to_set(checkout: Path, missing: str):
+    where = {"NNODES": 2, "NODE_RANK": 1, "MASTER_ADDR": "node0"}
+    where.pop(missing)
+    result = call(checkout, checkout / "scripts" / "5_long_sft.sh", **where)
+    assert result.returncode != 0
+    assert f"set {missing} to" in result.stderr
+
+
+def test_a_slurm_batch_script_starts_once_on_every_node_from_its_copy(checkout: Path, tmp_path: Path):
+    copy = tmp_path / "spool"  # Slurm runs a copy of the script, in a folder of its own
+    copy.mkdir()
+    script = Path(shutil.copy(checkout / "scripts" / "5_long_sft.sh", copy))
+    job = {"SLURM_JOB_ID": 1, "SLURM_NNODES": 2, "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_SUBMIT_DIR": checkout}
+    result = call(checkout, script, **job)
+    meeting = "--nnodes 2 --node-rank 1 --master-addr node7 --master-port 29500 --nproc-per-node auto"
+    assert result.stdout.splitlines() == [
+        "srun --ntasks-per-node=1",
+        f"python -m longvila.launch {meeting} {TRAIN} 5_long_sft --run r --scale 7b",
+    ]
+
+
+def test_train_all_runs_the_stages_in_order_and_stops_at_the_first_that_fails(checkout: Path):
+    result = call(checkout, checkout / "scripts" / "train_all.sh")
+    assert [line.split(" train ")[1].split()[0] for line in result.stdout.splitlines()] == [
+        "1_alignment",
+        "2_pretraining",
+        "3_short_sft",
+        "4_context_extension",
+        "5_long_sft",
+    ]
+    (checkout / "fake" / "python").write_text('#!/usr/bin/env bash\necho "$*"\n[[ "$*" != *2_pretraining* ]]\n')
+    result = call(checkout, checkout / "scripts" / "train_all.sh")
+    assert result.returncode == 1
+    assert len(result.stdout.splitlines()) == 2
+
+
+def test_setup_refuses_an_old_python_in_one_line(checkout: Path):
+    python = checkout / "fake" / "python"
+    python.write_text('#!/usr/bin/env bash\n[ "$1" = -V ] && echo "Python 3.9.2"\n')
+    result = call(checkout, checkout / "scripts" / "setup.sh", PYTHON=python)
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1
+    assert f"needs Python 3.11 or newer, but '{python}' is Python 3.9.2" in result.stderr
+
+
+def test_demo_refuses_a_scale_it_cannot_run(checkout: Path):
+    result = call(checkout, checkout / "scripts" / "demo.sh")
+    assert result.returncode == 2
+    assert result.stderr == "usage: scripts/demo.sh [--scale tiny|small]\n"
