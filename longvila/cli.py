@@ -88,6 +88,8 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def run(*args: Any, traceback: bool, **kwargs: Any) -> None:
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("longvila").setLevel(logging.INFO)
         with errors_in_one_line(traceback):
             function(*args, **kwargs)
 
@@ -171,8 +173,6 @@ def train(
         return
     from longvila.train.loop import train as train_stage
 
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("longvila").setLevel(logging.INFO)  # rank 0 is the only one that logs
     train_stage(config, run, data or run / "data")
 
 
