@@ -61,13 +61,17 @@ def evaluation_order(requests: list[Request]) -> list[Request]:
 def share_of_rank(requests: list[Request], rank: int, world: int) -> list[Request]:
     """The requests of one rank: a stretch of `requests`, with about 1/world of the work.
 
-    The work of a request is the frames that it does not share with the one before it, and a constant for the rest.
+    The work of a request is a constant and, for each frame that it does not share with the one before it, the linear
+    layers and the attention to all its frames; the two are about equal at 400 frames.
     Depends on nothing but the arguments, so that ranks need not talk to agree.
     """
-    costs = [16 + _num_new_frames(before, after) for before, after in zip([None, *requests], requests, strict=False)]
-    total, done, share = sum(costs), 0, []
+    costs = [
+        16 + _num_new_frames(before, after) * (1 + len(after.frames) / 400)
+        for before, after in zip([None, *requests], requests, strict=False)
+    ]
+    total, done, share = sum(costs), 0.0, []
     for request, cost in zip(requests, costs, strict=True):
-        if (2 * done + cost) * world // (2 * total) == rank:  # the rank in whose part the middle of the request falls
+        if int((done + cost / 2) / total * world) == rank:  # the rank in whose part the middle of the request falls
             share.append(request)
         done += cost
     return share
