@@ -17,7 +17,7 @@ fi
 run=runs/demo
 [ "$scale" = tiny ] || run=runs/demo-$scale
 # Samples of each split: enough for each to be seen a few times, few enough to be made in minutes.
-splits="images=2000 short=1200 medium=300 long=100 text=2000 long_text=200"
+splits="images=4000 short=2000 medium=400 long=80 text=2000 long_text=200"
 
 scripts/setup.sh
 export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS=1 NPROC=2
@@ -55,7 +55,7 @@ for split in $splits; do
     step "pack_$name" pack "data/$name" --option split="$name" --option count="${split#*=}"
 done
 step pack_evaluation pack data/evaluation --evaluation
-step base longvila base --scale "$scale" --out "$run/models"
+step base env OMP_NUM_THREADS="$(nproc)" longvila base --scale "$scale" --out "$run/models"
 step gradients longvila gradients --json "$run/gradients.json"
 step train scripts/train_all.sh --run "$run" --scale "$scale"
 for benchmark in needle videomme captioning; do

@@ -18,12 +18,11 @@ from .scales import stage
 TINY = Phase(
     name="captions",
     steps=250,
-    rows_per_step=2,
     learning_rate=1e-3,
     data=DataConfig(
         sources=(SourceConfig("images"), SourceConfig("short")),
         frames=FrameSampling("uniform", frames=4),
-        row_tokens=512,
+        row_tokens=2048,
     ),
 )
 

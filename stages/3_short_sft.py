@@ -17,13 +17,12 @@ from .scales import stage
 
 TINY = Phase(
     name="short",
-    steps=300,
-    rows_per_step=2,
+    steps=600,
     learning_rate=1e-3,
     data=DataConfig(
         sources=(SourceConfig("images"), SourceConfig("short", 2)),
-        frames=FrameSampling("uniform", frames=8),
-        row_tokens=512,
+        frames=FrameSampling("fps", frames=16),
+        row_tokens=2048,
     ),
 )
 

@@ -18,16 +18,16 @@ from .scales import LONG_ROWS, stage
 
 TINY = (
     Phase(
-        name="1k",
-        steps=60,
+        name="2k",
+        steps=40,
         learning_rate=5e-4,
         schedule="constant",
         rope_theta=40_000.0,
-        data=DataConfig(sources=(SourceConfig("text"), SourceConfig("long_text")), row_tokens=1024),
+        data=DataConfig(sources=(SourceConfig("text"), SourceConfig("long_text")), row_tokens=2048),
     ),
     Phase(
         name="4k",
-        steps=40,
+        steps=20,
         learning_rate=3e-4,
         schedule="constant",
         rope_theta=200_000.0,

@@ -41,7 +41,6 @@ def write_film(index: int, out: Path, seed: int, cache: str) -> tuple[dict[str, 
     (out / "subtitles" / f"{name}.srt").write_text(subtitles(narration(script, rng)))
     questions = []
     for k, question in enumerate(script_questions(script, rng)[:3]):
-        question = question.with_answer_at((3 * index + k) % len(LETTERS))  # every letter is right equally often
         choices = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, question.choices, strict=True)]
         questions.append(
             {

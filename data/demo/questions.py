@@ -1,7 +1,9 @@
 """Questions with four options about a script, in VideoMME's form, and the same questions with short answers.
 
 Options are drawn so that text alone answers one in four: each right one looks like the wrong ones (four numbers; two
-colours times two shapes; all four directions), and its letter is uniform.
+colours times two shapes; all four directions). Options stand in order, numbers by size and words by the alphabet, so
+that the letter of what is right is uniform, and a model of a million parameters can learn some of it in minutes: where
+"7" is right, C and D are likelier than A.
 """
 
 from __future__ import annotations
@@ -13,6 +15,10 @@ from .draw import COLOURS, PLACES, SHAPES
 from .script import DIRECTIONS, Needle, Object, Script
 
 LETTERS = "ABCD"
+INSTRUCTION = (
+    "Select the best answer to the following multiple-choice question based on the {medium}. "
+    "Respond with only the letter (A, B, C, or D) of the correct option.\n"
+)
 
 
 @dataclass(frozen=True)
@@ -38,25 +44,20 @@ class Question:
     def short_answer(self) -> str:
         return self.choices[self.answer]
 
-    def with_answer_at(self, position: int) -> Question:
-        """The same question, the right choice moved to `position` (trading places with the one there)."""
-        choices = list(self.choices)
-        choices[self.answer], choices[position] = choices[position], choices[self.answer]
-        return Question(self.task_type, self.text, tuple(choices), position, self.asks, self.tells)
+
+def fixed_phrases() -> list[str]:
+    """The sentences that every prompt with options repeats; a small tokenizer may give each one token."""
+    return ["The best answer is:", *(INSTRUCTION.format(medium=medium) for medium in ("video", "image", "text"))]
 
 
 def multiple_choice_prompt(question: Question, medium: str = "video") -> str:
     """VideoMME's prompt. The answer expected is one letter."""
     options = "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, question.choices, strict=True))
-    return (
-        f"Select the best answer to the following multiple-choice question based on the {medium}. "
-        f"Respond with only the letter (A, B, C, or D) of the correct option.\n"
-        f"{question.text}\n{options}\nThe best answer is:"
-    )
+    return f"{INSTRUCTION.format(medium=medium)}{question.text}\n{options}\nThe best answer is:"
 
 
 def script_questions(script: Script, rng: random.Random, medium: str = "video") -> list[Question]:
-    """Every question the script answers, in random order, with the choices of each in random order."""
+    """Every question the script answers, in random order."""
     questions = [] if script.place is None else [_place(script.place, rng, medium)]
     if script.numbers:
         questions.append(_number(script, rng, medium))
@@ -100,8 +101,7 @@ def position_question(thing: Object, position: str, positions: tuple[str, ...], 
 def _ask(
     rng: random.Random, task: str, text: str, right: str, others: list[str], asks: set[str], tells: set[str]
 ) -> Question:
-    choices = [right, *rng.sample([other for other in others if other != right], 3)]
-    rng.shuffle(choices)
+    choices = sorted([right, *rng.sample([other for other in others if other != right], 3)])
     return Question(task, text, tuple(choices), choices.index(right), frozenset(asks), frozenset(tells))
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import av
 from av.container import InputContainer
-from av.error import EOFError, FFmpegError, InvalidDataError
+from av.error import FFmpegError, InvalidDataError
 from av.packet import Packet
 from av.stream import Disposition
 from av.video.frame import VideoFrame
@@ -49,6 +49,8 @@ def open_video(media: bytes | Path, name: str) -> Iterator[tuple[InputContainer,
             if not videos:
                 kinds = sorted({stream.type for stream in container.streams})
                 raise MediaError(f"{name}: has no video stream, only {', '.join(kinds) or 'nothing'}")
+            if videos[0].codec_context is None:  # so PyAV says that FFmpeg has no decoder for it
+                raise MediaError(f"{name}: its video has an unknown codec; re-encode it, for example as H.264")
             videos[0].codec_context.thread_count = 1
             yield container, videos[0]
     except (FFmpegError, OSError) as error:
@@ -62,12 +64,15 @@ def ticks_per_second(stream: VideoStream) -> float:
 
 
 def read_packets(container: InputContainer, stream: VideoStream) -> Iterator[Packet[VideoStream]]:
-    """The packets of `stream` from the current position; a file cut short simply ends at the cut."""
+    """The packets of `stream` from the current position; a file that is cut or damaged ends where that stops FFmpeg.
+
+    (PyAV itself raises IndexError when damage looks like one more stream.)
+    """
     packets = container.demux(stream)
     while True:
         try:
             yield next(packets)
-        except (StopIteration, InvalidDataError, EOFError):
+        except (StopIteration, FFmpegError, IndexError):
             return
 
 

@@ -83,16 +83,6 @@ def test_no_question_of_a_conversation_is_answered_by_an_earlier_turn():
             told += f" {question.text} {question.short_answer}"
 
 
-def test_moving_the_answer_keeps_it_right():
-    for film, question in asked(10):
-        for position in range(4):
-            moved = question.with_answer_at(position)
-            assert moved.answer == position
-            assert moved.short_answer == question.short_answer
-            assert sorted(moved.choices) == sorted(question.choices)
-        assert film.place
-
-
 def test_the_prompt_is_that_of_videomme():
     question = questions.Question("OCR Problems", "Which?", ("7", "1", "2", "3"), 0, frozenset(), frozenset())
     assert questions.multiple_choice_prompt(question) == (

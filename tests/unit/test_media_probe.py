@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from longvila.errors import MediaError
-from longvila.media import probe
+from longvila.media import decode_frames, probe
 
 from .video_fixtures import make_audio, make_image, make_video, write
 
@@ -63,6 +65,46 @@ def test_a_file_cut_short_holds_the_frames_before_the_cut():
     info = probe(whole[: len(whole) * 2 // 3], "film")
     assert 20 < info.num_frames < 190
     assert info.duration == pytest.approx(info.num_frames / 4, abs=1.0)
+
+
+def test_a_damaged_fragment_ends_the_film_before_it():
+    options = {"movflags": "frag_keyframe+empty_moov"}
+    data = bytearray(make_video(num_frames=120, options={"g": "20"}, container_options=options))
+    sizes = data.rfind(b"trun") + 16  # the table of frame sizes of the last fragment
+    data[sizes : sizes + 24] = b"\x7f" * 24
+    assert 80 <= probe(bytes(data), "film").num_frames < 120
+
+
+def test_frames_before_the_first_key_frame_are_not_counted():
+    data = make_video(num_frames=80, container="mpegts", options={"g": "20"})
+    packets = data[188 * 3 :]
+    info = probe(data[: 188 * 3] + packets[len(packets) // 188 // 2 * 188 :], "film")
+    assert info.duration == pytest.approx(info.num_frames / 4)
+    assert len(decode_frames(data, [k / 4 for k in range(info.num_frames)], 32, "film")) == info.num_frames
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        {"options": {"g": "10"}},
+        {"container_options": {"movflags": "frag_keyframe+empty_moov"}},
+        {"container": "matroska"},
+        {"container": "mpegts"},
+        {"container": "flv"},
+    ],
+    ids=str,
+)
+def test_random_damage_ends_in_frames_or_in_a_media_error(form):
+    whole = make_video(num_frames=40, **form)
+    for seed in range(25):
+        rng = random.Random(seed)
+        start, length = rng.randrange(100, len(whole) - 50), rng.choice([1, 30, 300])
+        damaged = whole[:start] + rng.randbytes(length) + whole[start + length :]
+        try:
+            info = probe(damaged, "film")
+            decode_frames(damaged, [0.0, info.duration / 2], 32, "film")
+        except MediaError as error:
+            assert str(error).startswith("film: ")  # noqa: PT017 - whether it is refused depends on where it is hit
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,17 @@ def test_skipped_rows_are_not_decoded(tmp_path, monkeypatch):
     assert len(rows_of(loader, skip=num_rows - 2)) == len(built) == 2
 
 
+def test_skipped_rows_are_not_decoded_in_loader_processes_either(tmp_path, monkeypatch):
+    packed(tmp_path / "data", max_samples=3)
+    loader = make_loader(tmp_path, workers=2)
+    num_rows = len(rows_of(loader))
+    built = torch.zeros(1, dtype=torch.int64).share_memory_()
+    build = loader.build
+    monkeypatch.setattr(loader, "build", lambda documents: (built.add_(1), build(documents))[1])
+    assert len(rows_of(loader, skip=num_rows - 2)) == 2
+    assert 2 <= built.item() < num_rows // 2  # the last rows, and those a worker cannot know to be skipped
+
+
 def test_epochs_differ_in_order_and_agree_in_content(tmp_path):
     packed(tmp_path / "data")
     loader = make_loader(tmp_path)
@@ -181,8 +192,8 @@ def test_packing_is_best_fit_and_starves_nobody():
     def documents(*lengths):
         return [Document(str(length), [1] * length, [1] * length, "text", None, ()) for length in lengths]
 
-    rows = [[len(d.ids) for d in row] for row in pack(documents(6, 5, 9, 4, 3, 1), 10)]
-    assert rows == [[6, 4], [5, 3, 1], [9]]
+    rows = [[len(d.ids) for d in row] for row in pack(documents(6, 1, 5, 9, 4, 3), 10)]
+    assert rows == [[6, 4], [1, 9], [5, 3]]
     many = documents(9, *[8] * (3 * LOOK_AHEAD), 1)
     assert [len(d.ids) for d in next(iter(pack(many, 10)))] == [9]  # the one that fits is too far ahead
     assert sum(len(row) for row in pack(many, 10)) == len(many)
