@@ -24,4 +24,4 @@ def set_rope_theta(language_model: PreTrainedModel, theta: float) -> None:
             f"{type(language_model).__name__} uses RoPE type '{parameters['rope_type']}'; only 'default' can be rebased"
         )
     parameters["rope_theta"] = float(theta)
-    decoder.rotary_emb = type(rotary)(config=config, device=rotary.inv_freq.device)
+    decoder.rotary_emb = type(rotary)(config=config).to(rotary.inv_freq.device)

@@ -1,0 +1,161 @@
+"""The commands a user types, on real files and real processes: pack, train on two ranks, resume, caption, evaluate."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from longvila.train.pretrain import train_tokenizer
+
+from ..unit.video_fixtures import make_video
+
+ROOT = Path(__file__).parents[2]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--module", "--", "longvila.cli"]
+
+STAGE = """
+from dataclasses import replace
+from longvila.config import *
+
+def config(scale, models):
+    data = DataConfig((SourceConfig("clips"),), FrameSampling("fps", 4), row_tokens=128)
+    first, second = Phase("a", 3, data, 1e-3), Phase("b", 3, replace(data, row_tokens=256), 5e-4, rope_theta=5e4)
+    model = ModelConfig(str(models / "tower.json"), None, str(models / "lm"))
+    return StageConfig("{name}", scale, {starts_from}, model, {trains}, (first, second), lora={lora},
+                       parallel=ParallelConfig(inner=2), checkpoint_every=2)
+"""
+
+
+def run(*arguments, check=True, ranks=1, timeout=300):
+    """One command of longvila; two ranks go through torchrun."""
+    launcher = TORCHRUN if ranks == 2 else ["-m", "longvila.cli"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, *launcher, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, env=environment,
+        timeout=timeout,
+    )  # fmt: skip
+    if check and result.returncode:
+        pytest.fail(f"{arguments} failed:\n{result.stdout}\n{result.stderr}")
+    return result
+
+
+def write_stage(folder, name, starts_from=None, trains='("projector",)', lora=None):
+    path = folder / f"{name}.py"
+    path.write_text(STAGE.format(name=name, starts_from=repr(starts_from), trains=trains, lora=lora))
+    return path
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """A run with packed clips (one of them broken) and base models."""
+    root = tmp_path_factory.mktemp("run")
+    videos = root / "videos"
+    videos.mkdir()
+    lines = []
+    for index in range(6):
+        (videos / f"{index}.mp4").write_bytes(make_video(num_frames=12))
+        turns = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "What is shown?"}]}]
+        turns += [{"role": "assistant", "content": f"a film, number {index}"}]
+        lines.append(json.dumps({"video": f"{index}.mp4", "messages": turns}))
+    (videos / "3.mp4").write_bytes(b"")
+    (videos / "conversations.jsonl").write_text("\n".join(lines))
+    run("pack", "folder", "--out", root / "data" / "clips", "-o", f"folder={videos}",
+            "-o", f"conversations={videos / 'conversations.jsonl'}")  # fmt: skip
+    models = root / "models"
+    tokenizer = train_tokenizer(["What is shown? a film, number 0 1 2 3 4 5"], 300)
+    tokenizer.save_pretrained(models / "lm")
+    text = Qwen3Config(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                       num_attention_heads=4, num_key_value_heads=2, head_dim=8, eos_token_id=tokenizer.eos_token_id,
+                       pad_token_id=tokenizer.pad_token_id, bos_token_id=None)  # fmt: skip
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(text).save_pretrained(models / "lm")
+    vision = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 3, "head_width": 16}
+    (models / "tower.json").write_text(json.dumps({"embed_dim": 16, "vision_cfg": vision, "text_cfg": {}}))
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(run_folder):
+    """Two stages, trained in order on two ranks that share each row."""
+    first = write_stage(run_folder, "align")
+    second = write_stage(run_folder, "tune", "align", '("language_model",)', "LoraConfig(2, 4)")
+    for stage in (first, second):
+        run("train", stage, "--run", run_folder, ranks=2)
+    return run_folder
+
+
+def test_a_broken_video_is_counted_and_named_when_packing(run_folder):
+    (line,) = (run_folder / "data" / "clips" / "bad.jsonl").read_text().splitlines()
+    assert "3" in json.loads(line)["key"]
+
+
+def test_a_stage_says_what_it_trained_and_how_it_went(trained):
+    summary = json.loads((trained / "align" / "summary.json").read_text())
+    assert summary["parts_moved"] == {"vision": False, "projector": True, "language_model": False}
+    assert summary["steps"] == 6
+    assert summary["ranks"] == summary["sequence_ranks"] == 2
+    lines = [json.loads(line) for line in (trained / "align" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert {line["phase"] for line in lines} == {"a", "b"}
+
+
+def test_adapters_are_merged_and_the_context_base_is_kept(trained):
+    names = load_file(trained / "tune" / "model" / "model.safetensors")
+    assert not [name for name in names if "lora" in name]
+    text = json.loads((trained / "tune" / "model" / "config.json").read_text())["text_config"]
+    assert text["rope_parameters"]["rope_theta"] == 5e4
+
+
+def test_a_run_broken_off_and_resumed_gives_the_same_weights_bit_for_bit(trained):
+    whole = load_file(trained / "align" / "model" / "model.safetensors")
+    stage = write_stage(trained, "align")
+    again = trained / "again"
+    (again / "align").mkdir(parents=True)
+    for name in ("data", "models"):
+        (again / name).symlink_to(trained / name)
+    source = trained / "align"
+    # What a run killed after step 5 leaves: the checkpoint of step 4, and lines up to step 5.
+    (again / "align" / "config.json").write_text((source / "config.json").read_text().replace(str(trained), str(again)))
+    lines = (source / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (again / "align" / "metrics.jsonl").write_text("".join(lines[:5]))
+    (again / "align" / "checkpoints").mkdir()
+    (again / "align" / "checkpoints" / "step-000004").symlink_to(source / "checkpoints" / "step-000004")
+    run("train", stage, "--run", again, ranks=2)
+    resumed = load_file(again / "align" / "model" / "model.safetensors")
+    assert all(torch.equal(weight, resumed[name]) for name, weight in whole.items())
+    assert len((again / "align" / "metrics.jsonl").read_text().splitlines()) == 6
+
+
+def test_a_finished_stage_is_not_trained_again(trained):
+    before = (trained / "align" / "metrics.jsonl").stat().st_mtime_ns
+    result = run("train", write_stage(trained, "align"), "--run", trained)
+    assert "complete" in result.stderr
+    assert (trained / "align" / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("name", "starts_from", "extra", "words"),
+    [
+        ("orphan", "nowhere", ("--set", "parallel.inner=1"), "starts from nowhere, but"),
+        ("align", None, ("--set", "seed=7"), "holds a run with another configuration"),
+        ("wide", None, ("--set", "parallel.inner=3"), "sequence group of 3 ranks"),
+        ("empty", None, ("--data", "/nonexistent", "--set", "parallel.inner=1"), "/nonexistent"),
+        ("typo", None, ("--set", "optimizer.clap=1"), "no such field"),
+    ],
+)
+def test_a_run_that_cannot_start_says_why_in_one_line(trained, name, starts_from, extra, words):
+    result = run("train", write_stage(trained, name, starts_from), "--run", trained, *extra, check=False)
+    assert result.returncode == 1
+    assert words in " ".join(result.stderr.split())
+    assert "Traceback" not in result.stderr
+
+
+def test_a_folder_of_videos_is_captioned_and_a_broken_one_is_named(trained):
+    result = run("caption", trained / "videos", "--checkpoint", trained / "tune" / "model", "--frames", "4")
+    assert "5 captioned, 1 skipped" in result.stdout
+    assert "3.mp4" in result.stderr
