@@ -42,9 +42,7 @@ def open_video(media: bytes | Path, name: str) -> Iterator[tuple[InputContainer,
         raise MediaError(f"{name}: the file is empty (0 bytes)")
     source = str(media.resolve()) if isinstance(media, Path) else io.BytesIO(media)
     try:
-        # A playlist that poses as a video must not make a training job open network addresses.
-        options = {"protocol_whitelist": "file"}
-        with av.open(source, "r", options=options, metadata_errors="replace") as container:
+        with av.open(source, "r", metadata_errors="replace") as container:
             videos = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
             if not videos:
                 kinds = sorted({stream.type for stream in container.streams})

@@ -17,7 +17,6 @@ accuracy than the kernel itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -31,12 +30,16 @@ from longvila.parallel.layout import Span
 from longvila.parallel.plan import Plan
 
 
-@dataclass(frozen=True)
 class FoldedPlan:
-    """A plan bound to this rank's fold. Travels to every attention layer as the keyword argument `plan`."""
+    """A plan bound to this rank's fold. Travels to every attention layer as the keyword argument `plan`.
 
-    plan: Plan
-    fold: Fold
+    Not a dataclass: FSDP2 walks through dataclasses among the arguments of every layer, and a plan has thousands of
+    entries.
+    """
+
+    def __init__(self, plan: Plan, fold: Fold) -> None:
+        self.plan = plan
+        self.fold = fold
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         """Causal attention within each document of the row.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+
+import av
 import pytest
 import torch
 
@@ -112,6 +115,17 @@ def test_a_file_cut_short_gives_the_frames_before_the_cut_and_refuses_the_others
     assert numbers(cut, [k / 4 for k in range(num_whole)]) == list(range(num_whole))
     with pytest.raises(MediaError, match=r"film: (no frame at|the frame at) 49.00 s"):
         decode_frames(cut, [49.0], 32, "film")
+
+
+@pytest.mark.parametrize("form", [{}, {"container": "avi", "codec": "mpeg4"}], ids=str)
+def test_a_frame_the_decoder_patched_up_is_refused_and_so_are_those_predicted_from_it(form):
+    data = make_video(num_frames=60, options={"g": "20", "bf": "0"}, **form)
+    with av.open(io.BytesIO(data)) as film:
+        packets = [bytes(packet) for packet in film.demux(video=0) if packet.size]
+    (start,) = (at for at in [data.find(packets[25])] if at > 0)
+    middle, end = start + len(packets[25]) // 3, start + len(packets[25])
+    damaged = data[:middle] + b"\xa5" * (end - middle) + data[end:]
+    assert [k for k in range(60) if _decodes(damaged, k / 4)] == [*range(25), *range(40, 60)]
 
 
 def test_a_damaged_frame_is_refused_and_the_others_are_not():

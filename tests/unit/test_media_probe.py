@@ -95,11 +95,12 @@ def test_frames_before_the_first_key_frame_are_not_counted():
     ids=str,
 )
 def test_random_damage_ends_in_frames_or_in_a_media_error(form):
-    whole = make_video(num_frames=40, **form)
-    for seed in range(25):
+    whole = make_video(num_frames=60, **form)
+    for seed in range(40):
         rng = random.Random(seed)
-        start, length = rng.randrange(100, len(whole) - 50), rng.choice([1, 30, 300])
-        damaged = whole[:start] + rng.randbytes(length) + whole[start + length :]
+        start = rng.randrange(100, len(whole) - 50)
+        # Bytes are not only changed, but also lost and added.
+        damaged = whole[:start] + rng.randbytes(rng.choice([1, 30, 300])) + whole[start + rng.choice([1, 30, 300]) :]
         try:
             info = probe(damaged, "film")
             decode_frames(damaged, [0.0, info.duration / 2], 32, "film")
@@ -126,6 +127,12 @@ def test_what_is_not_a_video_is_refused_by_name(data, reason, tmp_path):
     for media in (data, write(tmp_path / "film.mp4", data)):
         with pytest.raises(MediaError, match=f"^film.mp4: .*{reason}"):
             probe(media, "film.mp4")
+
+
+def test_an_unknown_codec_is_refused():
+    data = make_video(container="matroska").replace(b"V_MPEG4/ISO/AVC", b"V_NOBODY/KNOWS1")
+    with pytest.raises(MediaError, match="film: its video has an unknown codec; re-encode it"):
+        probe(data, "film")
 
 
 def test_a_missing_file_is_refused_by_name(tmp_path):
