@@ -43,9 +43,14 @@ def errors_in_one_line(traceback: bool = False) -> Iterator[None]:
     except LongvilaError as error:
         if traceback:
             raise
-        rank = f" (rank {os.environ['RANK']})" if "RANK" in os.environ else ""
-        errors.print(f"[bold red]error[/]{rank}: {escape(' '.join(str(error).split()))}")
+        where = f" (rank {rank()})" if "RANK" in os.environ else ""
+        errors.print(f"[bold red]error[/]{where}: {escape(' '.join(str(error).split()))}")
         raise typer.Exit(1) from None
+
+
+def rank() -> int:
+    """This process's number under torchrun; 0 without it."""
+    return int(os.environ.get("RANK", 0))
 
 
 def list_options(context: typer.Context, values: list[str] | None) -> list[str] | None:
@@ -89,7 +94,7 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(function)
     def run(*args: Any, traceback: bool, **kwargs: Any) -> None:
         logging.basicConfig(format="%(message)s")
-        logging.getLogger("longvila").setLevel(logging.INFO)
+        logging.getLogger("longvila").setLevel(logging.INFO if rank() == 0 else logging.WARNING)
         with errors_in_one_line(traceback):
             function(*args, **kwargs)
 
@@ -171,8 +176,11 @@ def train(
     if show:
         typer.echo(configuration.to_json(config))
         return
+    from transformers.utils.logging import disable_progress_bar
+
     from longvila.train.loop import train as train_stage
 
+    disable_progress_bar()  # that of every rank's weights being read; the stage has a bar of its own
     train_stage(config, run, data or run / "data")
 
 
@@ -190,9 +198,8 @@ def eval_(
     values = content.options(content.entry("eval", benchmark), option or [])
     from longvila.evaluate.runner import run_benchmark
 
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    module = content.load("eval", benchmark)
-    scores = run_benchmark(module, _answerer(checkpoint), data, out, options=values, rank=rank, world=world)
+    module, world = content.load("eval", benchmark), int(os.environ.get("WORLD_SIZE", 1))
+    scores = run_benchmark(module, _answerer(checkpoint), data, out, options=values, rank=rank(), world=world)
     if scores is not None:
         output.print_json(data=scores)
 
@@ -257,10 +264,12 @@ def doctor() -> None:
 def _answerer(checkpoint: Path) -> Any:
     """The model in a folder, ready to answer, on this rank's GPU if there is one."""
     import torch
+    from transformers.utils.logging import disable_progress_bar
 
     from longvila.generate.answer import Answerer
     from longvila.model import load_model
 
+    disable_progress_bar()
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_model(checkpoint)
     torch.nn.Module.to(model, device)  # transformers wraps `model.to` in a way that a type checker misreads
