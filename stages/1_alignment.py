@@ -17,9 +17,9 @@ from .scales import stage
 
 TINY = Phase(
     name="images",
-    steps=120,
+    steps=150,
     learning_rate=2e-3,
-    data=DataConfig(sources=(SourceConfig("images"),), frames=FrameSampling("uniform", frames=1), row_tokens=2048),
+    data=DataConfig(sources=(SourceConfig("images"),), frames=FrameSampling("uniform", frames=1), row_tokens=1024),
 )
 
 # A row holds about 17 samples (196 tokens a picture and a caption): 64 GPUs x 2 rows are 2,048 samples; one epoch.

@@ -15,14 +15,21 @@ from longvila.config import DataConfig, FrameSampling, Phase, SourceConfig, Stag
 
 from .scales import stage
 
-TINY = Phase(
-    name="captions",
-    steps=250,
-    learning_rate=1e-3,
-    data=DataConfig(
-        sources=(SourceConfig("images"), SourceConfig("short")),
-        frames=FrameSampling("uniform", frames=4),
-        row_tokens=2048,
+# A small model learns to read one picture before several.
+TINY = (
+    Phase(
+        name="1_frame",
+        steps=300,
+        learning_rate=2e-3,
+        data=DataConfig((SourceConfig("images"),), FrameSampling("uniform", frames=1), row_tokens=1024),
+    ),
+    Phase(
+        name="4_frames",
+        steps=200,
+        learning_rate=1e-3,
+        data=DataConfig(
+            (SourceConfig("images"), SourceConfig("short", 2)), FrameSampling("uniform", frames=4), row_tokens=1024
+        ),
     ),
 )
 
@@ -40,7 +47,12 @@ CLUSTER = Phase(
     ),
 )
 
-PHASES = {"tiny": (TINY,), "small": (replace(TINY, steps=100),), "1.5b": (CLUSTER,), "7b": (CLUSTER,)}
+PHASES = {
+    "tiny": TINY,
+    "small": tuple(replace(phase, steps=50) for phase in TINY),
+    "1.5b": (CLUSTER,),
+    "7b": (CLUSTER,),
+}
 
 
 def config(scale: str, models: Path) -> StageConfig:

@@ -15,14 +15,20 @@ from longvila.config import PARTS, DataConfig, FrameSampling, Phase, SourceConfi
 
 from .scales import stage
 
-TINY = Phase(
-    name="short",
-    steps=600,
-    learning_rate=1e-3,
-    data=DataConfig(
-        sources=(SourceConfig("images"), SourceConfig("short", 2)),
-        frames=FrameSampling("fps", frames=16),
-        row_tokens=2048,
+TINY = (
+    Phase(
+        name="8_frames",
+        steps=400,
+        learning_rate=1.5e-3,
+        data=DataConfig(
+            (SourceConfig("images"), SourceConfig("short", 2)), FrameSampling("uniform", frames=8), row_tokens=1024
+        ),
+    ),
+    Phase(
+        name="16_frames",
+        steps=300,
+        learning_rate=1e-3,
+        data=DataConfig((SourceConfig("short"),), FrameSampling("fps", frames=16), row_tokens=1024),
     ),
 )
 
@@ -44,7 +50,12 @@ CLUSTER = Phase(
     ),
 )
 
-PHASES = {"tiny": (TINY,), "small": (replace(TINY, steps=100),), "1.5b": (CLUSTER,), "7b": (CLUSTER,)}
+PHASES = {
+    "tiny": TINY,
+    "small": tuple(replace(phase, steps=50) for phase in TINY),
+    "1.5b": (CLUSTER,),
+    "7b": (CLUSTER,),
+}
 
 
 def config(scale: str, models: Path) -> StageConfig:

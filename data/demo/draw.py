@@ -25,8 +25,8 @@ COLOURS = {
 SHAPES = ("circle", "square", "triangle", "star", "cross")
 PLACES = ("beach", "forest", "city", "desert", "snow")
 SCENERY_HEIGHT = SIZE // 4
-OBJECT_SIZE = 50
-CARD_SIZE = 66
+OBJECT_SIZE = 68
+CARD_SIZE = 79
 NEEDLE_FRAME = (255, 0, 200)
 SCALE = 4  # sprites are drawn this much larger
 
