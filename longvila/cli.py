@@ -201,7 +201,8 @@ def eval_(
     module, world = content.load("eval", benchmark), int(os.environ.get("WORLD_SIZE", 1))
     scores = run_benchmark(module, _answerer(checkpoint), data, out, options=values, rank=rank(), world=world)
     if scores is not None:
-        output.print_json(data=scores)
+        output.print_json(data={name: value for name, value in scores.items() if name != "examples"})
+        output.print(f"examples and answers are below {out}")
 
 
 @verb
