@@ -107,6 +107,7 @@ def score(requests: Sequence[Request], responses: Mapping[str, str | None]) -> d
         "chrf": chrf,
         "num_films": len(captions),
         "num_distinct": len(set(captions.values())),
+        "num_distinct_references": len(set(references.values())),
         "no_response": sum(responses[name] is None for name in captions),
         "matching": "an event counts when its words stand in the caption in a row; case and punctuation aside",
         "examples": [_example(request, captions[request.id], found[request.id]) for request in requests[:4]],
