@@ -278,10 +278,15 @@ def _answerer(checkpoint: Path) -> Any:
 
 
 def _print_bars(figures: dict[str, Any]) -> None:
-    """One line for each bar of a file of figures. Exits with 1 where one does not hold."""
+    """One line for each bar of a file of figures, and for what it misses. Exits with 1 where one does not hold."""
     for bar in figures["bars"]:
         verdict = "[green]holds[/]" if bar["holds"] else "[red]missed[/]"
         output.print(f"{verdict}  {bar['name']}: {bar['value']} (bound {bar['bound']})")
+        for condition in bar.get("conditions", []):
+            if not condition["holds"]:
+                output.print(
+                    f"        {condition['name']}: {condition['value']}, not {condition['kind']} {condition['bound']}"
+                )
     if not all(bar["holds"] for bar in figures["bars"]):
         raise typer.Exit(1)
 
