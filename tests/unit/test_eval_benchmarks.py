@@ -111,6 +111,7 @@ def test_a_grid_longer_than_the_film_and_a_missing_picture_are_refused(data, tmp
         ("The best option is B", "B", "B"),
         ("Best answer: C", "B", "C"),  # official: this lead-in lacks its comma and stays, so the B of "Best" counts
         ("Best answer:Best option: D", "D", "D"),
+        ("the answer is B or C, B that is", "B", "C"),  # lmms-eval: each letter where it first follows the phrase
         ("A dog; the answer is B, I think", "A", "A"),
         ("It could be A, but the correct answer is (D)", "A", "D"),
         ("the first one", "", ""),
