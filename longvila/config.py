@@ -228,6 +228,7 @@ def _build(annotation: Any, value: Any, where: str) -> Any:
         return value
     if annotation is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if not isinstance(value, annotation) or (annotation is int and isinstance(value, bool)):
-        raise ConfigError(f"{where} must be {annotation.__name__}, not {value!r}")
+    kind: Any = annotation
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ConfigError(f"{where} must be {kind.__name__}, not {value!r}")
     return value
