@@ -17,7 +17,7 @@ fi
 run=runs/demo
 [ "$scale" = tiny ] || run=runs/demo-$scale
 # Samples of each split: enough for each to be seen a few times, few enough to be made in minutes.
-splits="images=6000 short=3000 medium=500 long=80 text=2000 long_text=200"
+splits="images=10000 short=3000 medium=500 long=80 text=2000 long_text=200"
 
 scripts/setup.sh
 export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS=1 NPROC=2

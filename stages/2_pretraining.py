@@ -19,13 +19,13 @@ from .scales import stage
 TINY = (
     Phase(
         name="1_frame",
-        steps=300,
+        steps=600,
         learning_rate=2e-3,
         data=DataConfig((SourceConfig("images"),), FrameSampling("uniform", frames=1), row_tokens=1024),
     ),
     Phase(
         name="4_frames",
-        steps=200,
+        steps=100,
         learning_rate=1e-3,
         data=DataConfig(
             (SourceConfig("images"), SourceConfig("short", 2)), FrameSampling("uniform", frames=4), row_tokens=1024

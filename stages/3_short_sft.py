@@ -17,16 +17,22 @@ from .scales import stage
 
 TINY = (
     Phase(
-        name="8_frames",
-        steps=400,
+        name="1_frame",
+        steps=800,
         learning_rate=1.5e-3,
+        data=DataConfig((SourceConfig("images"),), FrameSampling("uniform", frames=1), row_tokens=1024),
+    ),
+    Phase(
+        name="8_frames",
+        steps=300,
+        learning_rate=1e-3,
         data=DataConfig(
             (SourceConfig("images"), SourceConfig("short", 2)), FrameSampling("uniform", frames=8), row_tokens=1024
         ),
     ),
     Phase(
         name="16_frames",
-        steps=300,
+        steps=200,
         learning_rate=1e-3,
         data=DataConfig((SourceConfig("short"),), FrameSampling("fps", frames=16), row_tokens=1024),
     ),

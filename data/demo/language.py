@@ -106,11 +106,11 @@ def needle_messages(needle: Needle, medium: str, rng: random.Random) -> Messages
 
 
 def still_messages(script: Script, time: float, rng: random.Random) -> Messages:
-    """A description of one picture or questions about it, at equal chance."""
+    """A description of one picture (three of four, so that small models learn to read pictures) or questions about it."""
     event = script.events[0]
     if isinstance(event.what, Needle) and rng.random() < 0.8:
         return needle_messages(event.what, "image", rng)
-    if isinstance(event.what, Needle) or rng.random() < 0.5:
+    if isinstance(event.what, Needle) or rng.random() < 0.75:
         return caption_messages(still_caption(script, time, rng), "image", rng)
     questions = [q for q in script_questions(script, rng, "image") if q.task_type != "Action Recognition"]
     if isinstance(event.what, Object):

@@ -5,6 +5,7 @@ Base models only: language models with published weights never come here.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,11 @@ CHAT_TEMPLATE = (
 
 TURNS = ("<|im_start|>user\n", "<|im_start|>assistant\n")
 """Openings of turns, one token each."""
+
+GROWING = 0.4
+"""Share of the steps over which documents grow longer."""
+ANSWER_WEIGHT = 2.0
+"""Of the mean loss over answers, beside the mean over all tokens."""
 
 Document = tuple[list[int], list[int]]
 """Token ids, and the same ids inside answers, -100 elsewhere."""
@@ -95,7 +101,7 @@ def pretrain(
     seed: int,
     report: Callable[[int, float], None],
 ) -> tuple[Qwen3ForCausalLM, dict[str, Any]]:
-    """Trains a Qwen3 model on every token, answers counted twice.
+    """Trains a Qwen3 model on every token, and on answers more.
 
     Args:
         report: called with (step, loss of the answers) after each step.
@@ -124,12 +130,12 @@ def pretrain(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(recipe.steps))
     losses: list[float] = []
     num_tokens = 0
-    batches = batches_by_length(documents, recipe.batch_tokens, seed)
-    for step in range(1, recipe.steps + 1):
-        ids, targets, is_answer = collate(next(batches))
+    batches = growing_batches(documents, recipe.batch_tokens, recipe.steps, seed)
+    for step, batch in enumerate(batches, start=1):
+        ids, targets, is_answer = collate(batch)
         every = F.cross_entropy(model(input_ids=ids).logits.flatten(0, 1), targets.flatten(), reduction="none")
         answers = every[is_answer.flatten()].sum() / is_answer.sum().clamp(min=1)
-        loss = answers + every[targets.flatten() != IGNORE].mean()
+        loss = ANSWER_WEIGHT * answers + every[targets.flatten() != IGNORE].mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -170,18 +176,22 @@ def answer_accuracy(
     return {kind: sum(hits) / max(1, len(hits)) for kind, hits in right.items()}
 
 
-def batches_by_length(documents: Sequence[Document], tokens: int, seed: int) -> Iterator[list[Document]]:
-    """Endless batches of at most `tokens` tokens, padding included, of documents of nearly one length."""
+def growing_batches(documents: Sequence[Document], tokens: int, steps: int, seed: int) -> Iterator[list[Document]]:
+    """`steps` batches of documents of nearly one length, at most `tokens` tokens with their padding.
+
+    For the first GROWING share of the steps there are conversations only, the shortest tenth at first, then longer and
+    longer ones: a small model learns to copy an answer from a short text, and only then to find one among options.
+    Started on everything it learns neither in ten times the steps.
+    """
     rng = random.Random(seed)
-    while True:
-        order = sorted(documents, key=lambda document: len(document[0]) + rng.random())
-        batches: list[list[Document]] = [[]]
-        for document in order:
-            if batches[-1] and (len(batches[-1]) + 1) * len(document[0]) > tokens:
-                batches.append([])
-            batches[-1].append(document)
-        rng.shuffle(batches)
-        yield from batches
+    everything = sorted(documents, key=lambda document: len(document[0]))
+    conversations = [document for document in everything if any(label != IGNORE for label in document[1])]
+    for step in range(steps):
+        grown = step / (GROWING * steps)
+        pool = everything if grown >= 1 else conversations[: math.ceil(len(conversations) * (0.1 + 0.9 * grown))]
+        last = rng.randrange(len(pool))
+        count = max(1, tokens // len(pool[last][0]))
+        yield pool[max(0, last + 1 - count) : last + 1]
 
 
 def collate(documents: Sequence[Document]) -> tuple[Tensor, Tensor, Tensor]:
