@@ -106,7 +106,7 @@ def needle_messages(needle: Needle, medium: str, rng: random.Random) -> Messages
 
 
 def still_messages(script: Script, time: float, rng: random.Random) -> Messages:
-    """A description of one picture (three of four, so that small models learn to read pictures) or questions about it."""
+    """A description of one picture (three of four: a small model must learn to read pictures), or questions."""
     event = script.events[0]
     if isinstance(event.what, Needle) and rng.random() < 0.8:
         return needle_messages(event.what, "image", rng)
