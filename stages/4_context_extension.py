@@ -19,16 +19,16 @@ from .scales import LONG_ROWS, stage
 TINY = (
     Phase(
         name="2k",
-        steps=40,
-        learning_rate=5e-4,
+        steps=30,
+        learning_rate=2e-4,
         schedule="constant",
         rope_theta=40_000.0,
         data=DataConfig(sources=(SourceConfig("text"), SourceConfig("long_text")), row_tokens=2048),
     ),
     Phase(
         name="4k",
-        steps=20,
-        learning_rate=3e-4,
+        steps=15,
+        learning_rate=2e-4,
         schedule="constant",
         rope_theta=200_000.0,
         data=DataConfig(sources=(SourceConfig("long_text"),), row_tokens=4096),

@@ -28,8 +28,8 @@ def tiny(frames: int, row_tokens: int, steps: int, learning_rate: float, *source
 
 
 TINY = (
-    tiny(32, 2048, 150, 1e-3, "short", "medium"),
-    tiny(128, 4096, 90, 5e-4, "medium", "long"),
+    tiny(32, 2048, 300, 1e-3, "short", "medium"),
+    tiny(128, 4096, 110, 5e-4, "medium", "long"),
 )
 
 # 256 frames are 50,176 tokens: a row of 131K holds two videos and their answers. 8 data ranks (64 GPUs, 8 a row) x 2
