@@ -72,14 +72,13 @@ def codecs() -> Section:
 def choices() -> Section:
     """What the machinery picks on this machine."""
     gpus = torch.cuda.device_count()
-    decord = installed("decord") != ABSENT
     return {
         "device": f"{gpus} x cuda" if gpus else "cpu",
         "backend": "nccl" if gpus else "gloo",
         "precision": "bf16 for scales 1.5b and 7b, fp32 for tiny and small",
         "attention": "torch's flash attention for " + ("CUDA" if gpus else "the CPU"),
         "engine": "FSDP2",
-        "decoder": "PyAV, and decord where frames are sampled densely" if decord else "PyAV",
+        "decoder": "PyAV",
         "ranks": f"torchrun --nproc-per-node {gpus}"
         if gpus
         else "torchrun --nproc-per-node N, N the number of processes",

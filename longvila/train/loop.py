@@ -170,7 +170,7 @@ def _run_steps(state: TrainingState, folder: Path, data: Path) -> None:
                 if state.fold.sequence_rank == 0:
                     list_bad(bad, feed.bad)
             rate = learning_rate(phase, step_of_phase)
-            figures = {**take_step(state, batch, rate), "bad": feed.bad.count}
+            figures = {**take_step(state, batch, rate), "bad": feed.bad.count, "shortened": feed.bad.shortened}
             metrics.record(step + 1, {"phase": phase.name, **figures, "seconds": time.time() - started})
             done = step + 1
             if config.checkpoint_every and done % config.checkpoint_every == 0 and done < config.steps:
