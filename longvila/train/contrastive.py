@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from longvila.errors import ConfigError
 from longvila.model.tower import VisionTower, read_tower_config
+from longvila.train.scratch import FromScratch
 
 MAX_LOGIT_SCALE = math.log(100)  # as CLIP (Radford et al. 2021)
 
@@ -32,7 +33,9 @@ class ContrastiveRecipe:
     num_frames: int
     steps: int
     batch: int
-    learning_rate: float
+    matrix_rate: float
+    other_rate: float
+    """Learning rates of hidden matrices and of everything else."""
     weight_decay: float = 0.05
 
 
@@ -59,23 +62,14 @@ def train_tower(
     tokens = _tokenize(captions, tokenizer, clip.context_length)
     config = read_tower_config(str(config_file))["preprocess_cfg"]
     mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("mean", "std"))
-    groups = [
-        {"params": [p for p in clip.parameters() if p.ndim >= 2], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in clip.parameters() if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.98), eps=1e-6)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(recipe.steps))
+    optimizer = FromScratch(clip, recipe.steps, recipe.matrix_rate, recipe.other_rate, recipe.weight_decay)
     loss_of = open_clip.ClipLoss()
     losses, hits = [], []
     for step, rows in enumerate(_batches(len(frames), recipe.batch, recipe.steps), start=1):
         images = (frames[rows].float() / 255 - mean) / std
         image_features, text_features, scale = clip(images, tokens[rows])
         loss = loss_of(image_features, text_features, scale)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        optimizer.step(loss)
         with torch.no_grad():
             clip.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
             nearest = (image_features @ text_features.T).argmax(1)
@@ -126,11 +120,6 @@ def probe_accuracy(
         weights = torch.linalg.solve(x.T @ x + ridge, x.T @ y)
         accuracy[name] = ((features[test] @ weights).argmax(1) == labels[test]).float().mean().item()
     return accuracy
-
-
-def warmup_cosine(steps: int, warmup: float = 0.1) -> Callable[[int], float]:
-    """Factor of the learning rate at each step: a linear rise over `warmup` of the steps, then a cosine to 0."""
-    return lambda step: min(1.0, (step + 1) / (warmup * steps)) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
 
 
 def _tokenize(captions: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int) -> Tensor:

@@ -19,7 +19,7 @@ from transformers import AddedToken, PreTrainedTokenizerBase, PreTrainedTokenize
 
 from longvila.model.chat import FRAME_TOKEN, IGNORE, encode_messages, encode_text, prepare_tokenizer
 from longvila.shards.sample import SourceSample
-from longvila.train.contrastive import warmup_cosine
+from longvila.train.scratch import FromScratch
 
 PADDING, END = "<|endoftext|>", "<|im_end|>"
 SPECIAL = (PADDING, "<|im_start|>", END, FRAME_TOKEN)
@@ -54,7 +54,9 @@ class LanguageRecipe:
     num_documents: int
     steps: int
     batch_tokens: int
-    learning_rate: float
+    matrix_rate: float
+    other_rate: float
+    """Learning rates of hidden matrices and of everything else."""
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int, phrases: Sequence[str] = ()) -> PreTrainedTokenizerFast:
@@ -119,15 +121,13 @@ def pretrain(
             num_key_value_heads=recipe.kv_heads,
             head_dim=recipe.hidden // recipe.heads,
             tie_word_embeddings=True,
-            initializer_range=recipe.hidden
-            ** -0.5,  # 0.02 is for widths of thousands; a small model learns slowly from it
+            initializer_range=recipe.hidden**-0.5,  # 0.02, the default, is for widths of thousands
             eos_token_id=SPECIAL.index(END),
             pad_token_id=SPECIAL.index(PADDING),
             bos_token_id=None,
         )
     )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(recipe.steps))
+    optimizer = FromScratch(model, recipe.steps, recipe.matrix_rate, recipe.other_rate)
     losses: list[float] = []
     num_tokens = 0
     batches = growing_batches(documents, recipe.batch_tokens, recipe.steps, seed)
@@ -136,11 +136,7 @@ def pretrain(
         every = F.cross_entropy(model(input_ids=ids).logits.flatten(0, 1), targets.flatten(), reduction="none")
         answers = every[is_answer.flatten()].sum() / is_answer.sum().clamp(min=1)
         loss = ANSWER_WEIGHT * answers + every[targets.flatten() != IGNORE].mean()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        optimizer.step(loss)
         losses.append(answers.item())
         num_tokens += ids.numel()
         report(step, losses[-1])

@@ -45,10 +45,10 @@ def recipe(steps=20):
     return BaseRecipe(
         "tiny",
         ROOT / "stages" / "towers" / "tiny.json",
-        ContrastiveRecipe(num_frames=64, steps=4, batch=16, learning_rate=1e-3),
+        ContrastiveRecipe(num_frames=64, steps=4, batch=16, matrix_rate=6e-3, other_rate=1e-3),
         LanguageRecipe(
             hidden=32, layers=2, heads=4, kv_heads=2, vocabulary=300, num_documents=64, steps=steps, batch_tokens=512,
-            learning_rate=1e-2,
+            matrix_rate=1e-2, other_rate=1e-2,
         ),
     )  # fmt: skip
 
