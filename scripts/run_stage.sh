@@ -14,7 +14,9 @@ fi
 
 # A batch script runs on its first node only: start this file once on each.
 if [ -n "${SLURM_JOB_ID:-}" ] && [ -z "${LONGVILA_IN_SRUN:-}" ]; then
-    MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    # Not through `head`: it closes the pipe early, and a scontrol still writing would end this script under pipefail.
+    hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    MASTER_ADDR=${hosts%%$'\n'*}
     export MASTER_ADDR LONGVILA_IN_SRUN=1
     exec srun --ntasks-per-node=1 "$here/run_stage.sh" "$@"
 fi
