@@ -49,7 +49,7 @@ CLUSTER = Phase(
 
 PHASES = {
     "tiny": TINY,
-    "small": tuple(replace(phase, steps=40) for phase in TINY[:2]),
+    "small": tuple(replace(phase, steps=40) for phase in TINY),
     "1.5b": (CLUSTER,),
     "7b": (CLUSTER,),
 }

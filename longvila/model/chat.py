@@ -12,9 +12,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from longvila.errors import ConfigError, DataError
+from longvila.model.loss import IGNORE
 
 FRAME_TOKEN = "<frame>"
-IGNORE = -100
 
 Messages = list[dict[str, Any]]
 

@@ -97,9 +97,9 @@ def gather(values: Tensor) -> Tensor:
     return torch.stack(out)
 
 
-def sum_over_world(value: float) -> float:
-    """The sum of one number over all ranks, in rank order, so that every rank gets the same bits."""
-    return float(gather(torch.tensor([value], dtype=torch.float64)).sum())
+def sum_over_world(*values: float) -> list[float]:
+    """The sum of each number over all ranks, in rank order, so that every rank gets the same bits."""
+    return gather(torch.tensor(values, dtype=torch.float64)).sum(0).tolist()
 
 
 def any_rank(flag: bool) -> bool:

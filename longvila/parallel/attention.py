@@ -177,7 +177,6 @@ class _KeyExchange:
 
     def __init__(self, folded: FoldedPlan, k: Tensor, v: Tensor) -> None:
         plan, me = folded.plan, folded.fold.part
-        self._sent: list[Tensor] = []
         self._blocks: dict[int, Tensor] = {}
         outgoing, incoming = {}, {}
         for peer in _visiting_order(me, plan.parts)[1:]:
@@ -187,7 +186,7 @@ class _KeyExchange:
                 count = sum(stop - start for start, stop in spans)
                 self._blocks[peer] = k.new_empty((2, *k.shape[:2], count, k.shape[3]))
                 incoming[peer] = self._blocks[peer]
-        self._sent = list(outgoing.values())
+        self._outgoing = outgoing  # alive until `finish`: their sends may still be reading them
         self._works, self._sends = _post(folded.fold.context, outgoing, incoming)
 
     def wait(self, source: int) -> tuple[Tensor, Tensor]:
@@ -196,9 +195,10 @@ class _KeyExchange:
         return keys, values
 
     def finish(self) -> None:
-        """Waits for the sends, whose buffers are freed with this object."""
+        """Waits for the sends."""
         for work in self._sends:
             work.wait()
+        self._outgoing.clear()
 
 
 class _GradientReturn:

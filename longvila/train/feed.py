@@ -10,10 +10,9 @@ from longvila.errors import DataError
 from longvila.parallel.agree import Agreement, RowView, agree, row_digest
 from longvila.parallel.fold import Fold
 from longvila.shards.bad import BadSamples
+from longvila.shards.document import IGNORE
 from longvila.shards.loader import RowLoader
 from longvila.shards.rows import Row
-
-IGNORE = -100
 
 
 @dataclass(frozen=True)
@@ -24,6 +23,10 @@ class Step:
     num_targets: int
     num_dropped: int
     """Documents of this group's rows that were dropped because a rank could not decode them."""
+    num_bad: int = 0
+    """Samples of this data rank that could not be used, since the phase began."""
+    num_shortened: int = 0
+    """Its samples that got fewer frames than asked, since then."""
 
 
 class RowFeed:
@@ -69,7 +72,8 @@ class RowFeed:
             without_documents(row, gone) if row else self._empty_row()
             for row, gone in zip(rows, agreement.dropped, strict=True)
         )
-        return Step(kept, agreement.num_targets, sum(len(gone) for gone in agreement.dropped))
+        num_dropped = sum(len(gone) for gone in agreement.dropped)
+        return Step(kept, agreement.num_targets, num_dropped, self.bad.count, self.bad.shortened)
 
     def _read(self) -> tuple[list[Row | None], Agreement]:
         rows: list[Row | None] = [None] * self._rows_per_step

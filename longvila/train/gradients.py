@@ -17,6 +17,7 @@ from transformers import Qwen3Config
 
 from longvila.apply import apply_folds
 from longvila.config import ParallelConfig
+from longvila.model.loss import IGNORE
 from longvila.model.vlm import LongVilaConfig, LongVilaModel
 from longvila.parallel.agree import sum_over_world
 from longvila.parallel.batch import frame_share, shard_row
@@ -25,7 +26,6 @@ from longvila.parallel.launch import run_ranks
 from longvila.parallel.layout import LAYOUTS
 
 FRAME = 60
-IGNORE = -100
 BOUND = 1e-11
 
 
@@ -184,9 +184,9 @@ def folded(case: Case) -> dict[str, float]:
         input_ids=local.input_ids, frames=row.frames[share.start : share.stop], position_ids=local.position_ids,
         labels=local.labels, route=local.route, plan=local.plan,
     )  # fmt: skip
-    total = sum_over_world(float(output.num_targets))
+    (total,) = sum_over_world(float(output.num_targets))
     (output.loss_sum / total).backward()
-    loss = sum_over_world(output.loss_sum.item()) / total
+    loss = sum_over_world(output.loss_sum.item())[0] / total
     errors = {"loss": abs(loss - expected_loss) / expected_loss}
     for name, parameter in model.named_parameters():
         gradient = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad

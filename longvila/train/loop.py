@@ -170,7 +170,7 @@ def _run_steps(state: TrainingState, folder: Path, data: Path) -> None:
                 if state.fold.sequence_rank == 0:
                     list_bad(bad, feed.bad)
             rate = learning_rate(phase, step_of_phase)
-            figures = {**take_step(state, batch, rate), "bad": feed.bad.count, "shortened": feed.bad.shortened}
+            figures = take_step(state, batch, rate)
             metrics.record(step + 1, {"phase": phase.name, **figures, "seconds": time.time() - started})
             done = step + 1
             if config.checkpoint_every and done % config.checkpoint_every == 0 and done < config.steps:
@@ -193,7 +193,15 @@ def take_step(state: TrainingState, batch: Step, rate: float) -> dict[str, float
         # The only division: from here on every gradient is a plain sum over ranks.
         (output / batch.num_targets).backward()
         loss += output.item()
-    loss = sum_over_world(loss) / batch.num_targets
+    counted = {
+        "tokens": sum(sum(row.lengths) for row in batch.rows),
+        "frames": sum(sum(row.num_frames) for row in batch.rows),
+        "dropped": batch.num_dropped,
+        "bad": batch.num_bad,
+        "shortened": batch.num_shortened,
+    }
+    loss, *sums = sum_over_world(loss, *counted.values())
+    loss /= batch.num_targets
     trained = [p for p in state.model.parameters() if p.requires_grad]
     clip = state.config.optimizer.clip or float("inf")
     norm = torch.nn.utils.clip_grad_norm_(trained, clip)
@@ -206,10 +214,9 @@ def take_step(state: TrainingState, batch: Step, rate: float) -> dict[str, float
         "loss": loss,
         "lr": rate,
         "grad_norm": grad_norm,
-        "tokens": sum_over_world(sum(sum(row.lengths) for row in batch.rows)) / state.fold.num_sequence,
-        "frames": sum_over_world(sum(sum(row.num_frames) for row in batch.rows)) / state.fold.num_sequence,
         "target_tokens": batch.num_targets,
-        "dropped": sum_over_world(batch.num_dropped) / state.fold.num_sequence,
+        # The ranks of a sequence group all counted the same rows.
+        **{name: total / state.fold.num_sequence for name, total in zip(counted, sums, strict=True)},
     }
 
 
