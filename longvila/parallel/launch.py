@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -41,7 +42,8 @@ def run_ranks(function: Callable[..., Any], ranks: int, *args: Any, timeout: flo
             sender.close()
             pipes.append(receiver)
             processes.append(process)
-        answers = [_receive(pipe, timeout) for pipe in pipes]
+        deadline = time.monotonic() + timeout
+        answers = [_receive(pipe, max(0.0, deadline - time.monotonic()), timeout) for pipe in pipes]
         for process in processes:
             process.join(timeout=5)
             process.kill()
@@ -50,9 +52,9 @@ def run_ranks(function: Callable[..., Any], ranks: int, *args: Any, timeout: flo
     return [value for _, value in answers]
 
 
-def _receive(pipe: Any, timeout: float) -> tuple[bool, Any]:
+def _receive(pipe: Any, left: float, timeout: float) -> tuple[bool, Any]:
     try:
-        if pipe.poll(timeout):
+        if pipe.poll(left):
             return pickle.loads(pipe.recv_bytes())
         return False, f"no answer within {timeout} s"
     except EOFError:

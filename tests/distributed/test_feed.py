@@ -10,7 +10,7 @@ from longvila.parallel.fold import make_fold
 from longvila.parallel.launch import RankError, run_ranks
 from longvila.train.feed import IGNORE, RowFeed
 
-from .training_parts import RowList, make_rows
+from .training_parts import DOCUMENTS, RowList, make_rows
 
 SEQUENCE = ParallelConfig(inner=2)
 
@@ -32,7 +32,9 @@ def test_data_ranks_end_an_epoch_together_and_nothing_is_left_unread():
     assert [(epoch, rows) for epoch, rows, _, _ in first] == [(0, 1), (0, 2), (0, 3), (1, 1)]
     assert [key for _, _, key, _ in first] == ["row0-0", "row1-0", "row2-0", "row0-0"]
     assert [key for _, _, key, _ in second] == ["row3-0", "", "", "row3-0"]
-    assert [targets for *_, targets in first] == [targets for *_, targets in second]
+    counts = [sum(document.answer for document in documents) for documents in DOCUMENTS]
+    expected = [counts[0] + counts[3], counts[1], counts[2], counts[0] + counts[3]]
+    assert [targets for *_, targets in first] == [targets for *_, targets in second] == expected
 
 
 def read_with_a_failure(failing_rank):

@@ -16,12 +16,13 @@ from longvila.train.optimizer import choose_trained, make_optimizer
 
 DOCUMENTS = (MIXED, TEXT, VIDEO, MIXED[::-1])
 RATE = 1e-3
+OPTIMIZER = OptimizerConfig(weight_decay=0.1, clip=0.5)
 
 
 def make_config(parallel: ParallelConfig, trains=PARTS) -> StageConfig:
     phase = Phase("only", 4, DataConfig(sources=()), RATE)
     return StageConfig("test", "tiny", None, ModelConfig("", None, ""), trains, (phase,), parallel=parallel,
-                       optimizer=OptimizerConfig(weight_decay=0.1, clip=0.5))  # fmt: skip
+                       optimizer=OPTIMIZER)  # fmt: skip
 
 
 def make_state(parallel: ParallelConfig, trains=PARTS) -> TrainingState:
@@ -29,7 +30,7 @@ def make_state(parallel: ParallelConfig, trains=PARTS) -> TrainingState:
     model = make_model()
     choose_trained(model, trains)
     apply_folds(model, fold)
-    optimizer = make_optimizer(model, OptimizerConfig(weight_decay=0.1))
+    optimizer = make_optimizer(model, OPTIMIZER)
     return TrainingState(make_config(parallel, trains), fold, torch.device("cpu"), model, None, optimizer)
 
 
