@@ -36,7 +36,7 @@ CLUSTER = Phase(
     ),
 )
 
-PHASES = {"tiny": (TINY,), "small": (replace(TINY, steps=60),), "1.5b": (CLUSTER,), "7b": (CLUSTER,)}
+PHASES = {"tiny": (TINY,), "small": (replace(TINY, steps=50),), "1.5b": (CLUSTER,), "7b": (CLUSTER,)}
 
 
 def config(scale: str, models: Path) -> StageConfig:

@@ -38,6 +38,8 @@ TINY = (
     ),
 )
 
+SMALL = tuple(replace(phase, steps=steps, learning_rate=2e-4) for phase, steps in zip(TINY, (40, 40, 20), strict=True))
+
 # 8 frames are 1,568 tokens, so a row holds 2 videos or some 17 pictures: 64 GPUs x 4 rows are about 2,048 samples.
 CLUSTER = Phase(
     name="short",
@@ -56,12 +58,7 @@ CLUSTER = Phase(
     ),
 )
 
-PHASES = {
-    "tiny": TINY,
-    "small": tuple(replace(phase, steps=50) for phase in TINY),
-    "1.5b": (CLUSTER,),
-    "7b": (CLUSTER,),
-}
+PHASES = {"tiny": TINY, "small": SMALL, "1.5b": (CLUSTER,), "7b": (CLUSTER,)}
 
 
 def config(scale: str, models: Path) -> StageConfig:

@@ -9,7 +9,6 @@ then of 256K at 207M, starting from the model's own 8K. The next steps of that l
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from longvila.config import DataConfig, LoraConfig, Phase, SourceConfig, StageConfig
@@ -35,6 +34,18 @@ TINY = (
     ),
 )
 
+# From SmolLM2's own 8K (RoPE base 100,000) to 16K.
+SMALL = (
+    Phase(
+        name="16k",
+        steps=3,
+        learning_rate=1e-4,
+        schedule="constant",
+        rope_theta=500_000.0,
+        data=DataConfig(sources=(SourceConfig("long_text"),), row_tokens=16_384),
+    ),
+)
+
 # 16 data ranks (128 GPUs, 8 a row): 4M and 4M tokens a step, about 1.2 billion tokens in all.
 CLUSTER = (
     Phase(
@@ -57,12 +68,7 @@ CLUSTER = (
     ),
 )
 
-PHASES = {
-    "tiny": TINY,
-    "small": tuple(replace(phase, steps=20) for phase in TINY),
-    "1.5b": CLUSTER,
-    "7b": CLUSTER,
-}
+PHASES = {"tiny": TINY, "small": SMALL, "1.5b": CLUSTER, "7b": CLUSTER}
 
 
 def config(scale: str, models: Path) -> StageConfig:

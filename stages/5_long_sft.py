@@ -32,6 +32,8 @@ TINY = (
     tiny(128, 4096, 110, 5e-4, "medium", "long"),
 )
 
+SMALL = (replace(TINY[0], steps=25, learning_rate=1e-4), replace(TINY[1], steps=12, learning_rate=1e-4))
+
 # 256 frames are 50,176 tokens: a row of 131K holds two videos and their answers. 8 data ranks (64 GPUs, 8 a row) x 2
 # rows are 32 videos a step, so that 6 epochs of 15,292 videos are 2,867 steps.
 CLUSTER = Phase(
@@ -47,12 +49,7 @@ CLUSTER = Phase(
     ),
 )
 
-PHASES = {
-    "tiny": TINY,
-    "small": tuple(replace(phase, steps=40) for phase in TINY),
-    "1.5b": (CLUSTER,),
-    "7b": (CLUSTER,),
-}
+PHASES = {"tiny": TINY, "small": SMALL, "1.5b": (CLUSTER,), "7b": (CLUSTER,)}
 
 
 def config(scale: str, models: Path) -> StageConfig:
