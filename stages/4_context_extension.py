@@ -10,6 +10,7 @@ then of 256K at 207M, starting from the model's own 8K. The next steps of that l
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from longvila.config import DataConfig, LoraConfig, Phase, SourceConfig, StageConfig
 
@@ -73,7 +74,9 @@ PHASES = {"tiny": TINY, "small": SMALL, "1.5b": CLUSTER, "7b": CLUSTER}
 
 def config(scale: str, models: Path) -> StageConfig:
     """Context extension at `scale`."""
-    parallel = {"parallel": LONG_ROWS[scale]} if scale in LONG_ROWS else {}
+    of_scale: dict[str, Any] = {"parallel": LONG_ROWS[scale]} if scale in LONG_ROWS else {}
+    if scale == "small":  # 8K tokens a rank through 30 layers would not fit beside each other on a small machine
+        of_scale["recompute"] = True
     return stage(
         "4_context_extension",
         scale,
@@ -82,5 +85,5 @@ def config(scale: str, models: Path) -> StageConfig:
         starts_from="3_short_sft",
         trains=("language_model",),
         lora=LoraConfig(rank=8, alpha=16),
-        **parallel,
+        **of_scale,
     )
