@@ -8,20 +8,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from longvila.config import RecomputeName
 from longvila.errors import ConfigError
 from longvila.parallel.attention import FoldedPlan
+from longvila.parallel.blocks import Mask
 from longvila.parallel.fold import Fold
+from longvila.parallel.recompute import checkpoint_arguments
 
 ATTENTION = "longvila"
 
 # What transformers passes to attention functions and what does not change the result here: positions are already in
-# q and k, caches are off in training, and router logits are a matter of the model's output.
-_HARMLESS = {"position_ids", "position_embeddings", "use_cache", "output_router_logits", "is_causal", "cache_position"}
+# q and k, caches are off in training, router logits and the keywords of the loss are a matter of the model's output.
+_HARMLESS = {
+    *("position_ids", "position_embeddings", "use_cache", "cache_position", "is_causal"),
+    *("output_router_logits", "shift_labels", "num_items_in_batch"),
+}
 
 
 def folded_attention(
@@ -41,7 +49,7 @@ def folded_attention(
 
     Raises:
         ConfigError: for a missing plan, or for anything that would change the result and is not implemented: a mask,
-            dropout, a window shorter than a document, bidirectional attention, softcap, sinks, unknown keywords.
+            dropout, softcap, sinks, unknown keywords.
     """
     name = type(module).__name__
     if plan is None:
@@ -50,17 +58,18 @@ def folded_attention(
         raise ConfigError(f"{name} was given an attention mask; under '{ATTENTION}' the plan says who sees whom")
     if dropout:
         raise ConfigError(f"{name} uses attention dropout {dropout}; set attention_dropout=0 in its configuration")
-    if sliding_window is not None and sliding_window < max(plan.plan.lengths):
-        raise ConfigError(
-            f"{name} has a sliding window of {sliding_window} tokens, shorter than a document of "
-            f"{max(plan.plan.lengths)}; windows are not supported yet, use shorter rows or a model without windows"
-        )
-    if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
-        raise ConfigError(f"{name} asks for bidirectional attention; only causal attention is supported")
+    is_causal = kwargs.get("is_causal")
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    if sliding_window is not None and not causal:
+        raise ConfigError(f"{name} has a window of {sliding_window} tokens both ways; windows are causal here")
     if unknown := sorted(k for k, v in kwargs.items() if v is not None and k not in _HARMLESS):
         raise ConfigError(f"{name} passes {unknown} to attention, which '{ATTENTION}' does not implement")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return plan.attend(query, key, value, scale).transpose(1, 2).contiguous(), None
+    # A window as long as the longest document hides nothing: one mask for both spares planning twice.
+    window = sliding_window if sliding_window is not None and sliding_window < max(plan.plan.lengths) else None
+    layer = getattr(module, "layer_idx", -1)
+    out = plan.attend(query, key, value, scale, Mask(causal, window), layer)
+    return out.transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(ATTENTION, folded_attention)
@@ -68,20 +77,28 @@ AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
 
 
 def apply_folds(
-    model: PreTrainedModel, fold: Fold, precision: str = "fp32", recompute: bool = False, shard: bool = True
+    model: PreTrainedModel,
+    fold: Fold,
+    precision: str = "fp32",
+    recompute: RecomputeName = "none",
+    recompute_keeps: Collection[int] | None = None,
+    shard: bool = True,
 ) -> None:
-    """Makes `model` (a LongVilaModel on its device) run under `fold`, in place.
+    """Makes `model` (a LongVilaModel, or a causal language model of transformers) run under `fold`, in place.
 
     Args:
         precision: `fp32` or `bf16` computation; parameters keep their own type as masters.
-        recompute: activation checkpointing of every language-model layer.
+        recompute: activation checkpointing of every language-model layer (`parallel/recompute.py`).
+        recompute_keeps: layers whose attention it keeps; None means all.
         shard: FSDP2 over the world. False leaves parameters whole and gradients to the caller.
     """
-    language_model = model.get_submodule("language_model")
-    assert isinstance(language_model, PreTrainedModel)
+    language_model = getattr(model, "language_model", model)
     language_model.set_attn_implementation(ATTENTION)
-    if recompute:
-        language_model.gradient_checkpointing_enable({"use_reentrant": False})
+    if recompute != "none":
+        # transformers 5.24 renamed it; earlier ones have the old name alone.
+        new_name = getattr(language_model, "activation_checkpointing_enable", None)
+        enable = new_name or language_model.gradient_checkpointing_enable
+        enable(checkpoint_arguments(recompute, recompute_keeps))
     if shard:
         _shard_parameters(model, fold, precision)
 

@@ -15,7 +15,10 @@ from typing import Any, Literal
 
 from longvila.errors import ConfigError
 
-LayoutName = Literal["contiguous", "zigzag", "document_zigzag"]
+LayoutName = Literal["contiguous", "zigzag", "document_zigzag", "lightseq"]
+RoutingName = Literal["direct", "relay"]
+RecomputeName = Literal["none", "all", "save_attention", "offload_attention"]
+PlacementName = Literal["head_first", "context_first"]
 PARTS = ("vision", "projector", "language_model")
 
 
@@ -106,6 +109,10 @@ class ParallelConfig:
     """Windows of the outer ring (LoongTrain's double ring). Tokens are split over inner x outer."""
     layout: LayoutName = "document_zigzag"
     """Which tokens each rank owns (`longvila/parallel/layout.py`)."""
+    routing: RoutingName = "direct"
+    """How keys travel: straight to whom they serve, or passed on round a ring or double ring."""
+    placement: PlacementName = "head_first"
+    """Which axis lies on neighbouring ranks, those of one node: heads, or the inner ring (LoongTrain, section 4.3)."""
 
     @property
     def sequence(self) -> int:
@@ -148,8 +155,10 @@ class StageConfig:
     parallel: ParallelConfig = ParallelConfig()
     precision: Literal["fp32", "bf16"] = "fp32"
     """Computation type; master weights and optimizer states stay fp32."""
-    recompute: bool = False
-    """Activation checkpointing of every language-model layer."""
+    recompute: RecomputeName = "none"
+    """Activation checkpointing of every language-model layer (`longvila/parallel/recompute.py`)."""
+    recompute_keeps: tuple[int, ...] | None = None
+    """Layers whose attention a policy that keeps attention keeps; None means all."""
     checkpoint_every: int = 200
     """Steps between resumable checkpoints; 0 saves only at the end."""
     checkpoints_kept: int = 2

@@ -39,6 +39,6 @@ def stage(name: str, scale: str, models: Path, phases: dict[str, tuple[Phase, ..
     if scale in ("tiny", "small"):
         of_scale: dict[str, Any] = {"parallel": ParallelConfig(inner=2), "checkpoint_every": 100}
     else:
-        of_scale = {"precision": "bf16", "recompute": True, "checkpoint_every": 200}
+        of_scale = {"precision": "bf16", "recompute": "save_attention", "checkpoint_every": 200}
     model = base_models(scale, models)
     return StageConfig(**{"name": name, "scale": scale, "model": model, "phases": phases[scale], **of_scale, **fields})

@@ -84,6 +84,31 @@ def agree(views: Sequence[RowView], error: Exception | None, fold: Fold) -> Agre
     return Agreement(ended, dropped, int(targets[:, 0].sum()))
 
 
+def check_same_row(
+    identity: object, shapes: object, lengths: Sequence[int], error: Exception | None, fold: Fold
+) -> None:
+    """Collective over the sequence group: raises on every rank unless all of them hold the same row without an error.
+
+    Raises:
+        DataError: naming two ranks that differ, or the rank that had an error (which itself raises that error).
+    """
+    digest = _FAILED if error else row_digest(identity, shapes)
+    mine = torch.tensor([digest, sum(lengths), len(lengths)], dtype=torch.int64)
+    everyone = [torch.empty_like(mine) for _ in range(fold.num_sequence)]
+    dist.all_gather(everyone, mine, group=fold.sequence)
+    if error is not None:
+        raise error
+    for rank, (other, tokens, documents) in enumerate(view.tolist() for view in everyone):
+        if other == _FAILED:
+            raise DataError(f"rank {rank} of the sequence group refused its row (its own message says why)")
+        if other != digest:
+            raise DataError(
+                f"ranks of one sequence group hold different rows: rank {fold.sequence_rank} has {sum(lengths)} tokens "
+                f"in {len(lengths)} documents, rank {rank} has {tokens} in {documents}, or they differ in layout, fold "
+                f"or tensors; all must be given the same"
+            )
+
+
 def _union_of_failures(views: Sequence[RowView], fold: Fold) -> tuple[tuple[int, ...], ...]:
     gathered: list = [None] * fold.num_sequence
     dist.all_gather_object(gathered, [view.failed for view in views], group=fold.sequence)

@@ -5,29 +5,37 @@ three steps:
 
 1. heads (`heads` group): one all-to-all carries q, k and v, so that each rank holds some heads of all tokens of its
    context rank (DeepSpeed-Ulysses, Jacobs et al. 2023; the head axis of LoongTrain's 2D-Attention);
-2. context: transfers of just the needed keys and values are posted ahead, straight to whom they serve; tasks on own
-   keys run first, then those of each source as it arrives; partial outputs are merged by their log-sum-exp
-   (Ring Attention, Liu et al. 2023);
+2. context: this rank's program is run step by step. Transfers are posted ahead, each step waits for its own inputs
+   alone, and partial outputs are merged by their log-sum-exp (Ring Attention, Liu et al. 2023);
 3. heads back: the reverse all-to-all.
 
 Partial outputs, log-sum-exps and gradients are accumulated in fp32 (fp64 for fp64 inputs): in bf16 they would cost more
 accuracy than the kernel itself.
+
+All three are torch operators (`torch.ops.longvila.*`), so that activation checkpointing can keep what they return, and
+`torch.compile` passes over them. Operators take numbers and tensors only: a plan goes by its handle.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import weakref
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from longvila.errors import ConfigError
+from longvila.parallel.blocks import Mask, Span
 from longvila.parallel.exchange import all_to_all
-from longvila.parallel.fold import Fold
+from longvila.parallel.fold import Fold, Links
 from longvila.parallel.kernel import block_backward, block_forward
-from longvila.parallel.layout import Span
-from longvila.parallel.plan import Plan
+from longvila.parallel.plan import Cargo, Plan, Program, Transfer
+from longvila.parallel.traffic import count
+
+_handles = itertools.count()
+_by_handle: weakref.WeakValueDictionary[int, FoldedPlan] = weakref.WeakValueDictionary()
 
 
 class FoldedPlan:
@@ -40,13 +48,19 @@ class FoldedPlan:
     def __init__(self, plan: Plan, fold: Fold) -> None:
         self.plan = plan
         self.fold = fold
+        self.handle = next(_handles)
+        self.num_tokens = plan.rank_tokens(fold.part)[fold.head]
+        """Tokens of this rank outside attention."""
+        _by_handle[self.handle] = self
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """Causal attention within each document of the row.
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Mask = Mask(), layer: int = -1) -> Tensor:  # noqa: B008
+        """Attention within each document of the row.
 
         Args:
             q: (1, Hq, t, D), k and v: (1, Hkv, t, D), with t this rank's tokens; Hq a multiple of Hkv.
             scale: factor of the scores.
+            mask: which keys of its document a query sees.
+            layer: number of the layer that asks; activation checkpointing keeps the results of some.
 
         Returns:
             (1, Hq, t, D). Differentiable in q, k and v.
@@ -55,22 +69,24 @@ class FoldedPlan:
             ConfigError: for shapes or types that do not fit together, or a head axis longer than Hq.
         """
         self._check(q, k, v)
-        ranges = [_head_range(q.shape[1], h, self.fold.num_heads) for h in range(self.fold.num_heads)]
-        if self.fold.num_heads == 1:
-            return _ContextAttention.apply(q, k, v, self, scale)
+        num_ranks = self.fold.num_heads
+        if num_ranks == 1:
+            return self._context(q, k, v, scale, mask, layer)
+        ranges = head_ranges(q.shape[1], num_ranks)
         tokens = self.plan.rank_tokens(self.fold.part)
-        q, k, v = self._scatter_heads(q, k, v, ranges, tokens)
-        out = _ContextAttention.apply(q, k, v, self, scale)
-        return self._gather_heads(out, ranges, tokens)
+        q, k, v = self._scatter_heads(q, k, v, ranges, tokens, layer)
+        return self._gather_heads(self._context(q, k, v, scale, mask, layer), ranges, tokens, layer)
+
+    def _context(self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Mask, layer: int) -> Tensor:
+        return _context_attention(q, k, v, self.handle, scale, mask.causal, mask.window, layer)[0]
 
     def _check(self, q: Tensor, k: Tensor, v: Tensor) -> None:
-        expected = self.plan.rank_tokens(self.fold.part)[self.fold.head]
-        if not (q.shape[2] == k.shape[2] == v.shape[2] == expected) or q.shape[0] != 1:
+        if not (q.shape[2] == k.shape[2] == v.shape[2] == self.num_tokens) or q.shape[0] != 1:
             raise ConfigError(
-                f"the plan gives this rank 1 x {expected} tokens, but q, k, v have {q.shape[0]} x {q.shape[2]}, "
+                f"the plan gives this rank 1 x {self.num_tokens} tokens, but q, k, v have {q.shape[0]} x {q.shape[2]}, "
                 f"{k.shape[2]} and {v.shape[2]}"
             )
-        if len({q.dtype, k.dtype, v.dtype}) > 1:
+        if not q.dtype == k.dtype == v.dtype:
             raise ConfigError(f"q, k and v must have one type, not {q.dtype}, {k.dtype} and {v.dtype}")
         if q.shape[1] % k.shape[1] or k.shape[1] != v.shape[1]:
             raise ConfigError(f"{q.shape[1]} query heads cannot share {k.shape[1]} key and {v.shape[1]} value heads")
@@ -83,11 +99,11 @@ class FoldedPlan:
             )
 
     def _scatter_heads(
-        self, q: Tensor, k: Tensor, v: Tensor, ranges: list[Span], tokens: Sequence[int]
+        self, q: Tensor, k: Tensor, v: Tensor, ranges: list[Span], tokens: Sequence[int], layer: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """All heads of my tokens -> my heads of all tokens of the context rank."""
         dim, group = q.shape[3], q.shape[1] // k.shape[1]
-        kv_ranges = [(start // group, (stop - 1) // group + 1) for start, stop in ranges]
+        kv_ranges = [key_heads(span, group) for span in ranges]
         pieces, in_splits = [], []
         for (q0, q1), (k0, k1) in zip(ranges, kv_ranges, strict=True):
             piece = torch.cat([q[0, q0:q1], k[0, k0:k1], v[0, k0:k1]]).flatten()
@@ -96,7 +112,7 @@ class FoldedPlan:
         (q0, q1), (k0, k1) = ranges[self.fold.head], kv_ranges[self.fold.head]
         num_q, num_kv = q1 - q0, k1 - k0
         out_splits = [(num_q + 2 * num_kv) * count * dim for count in tokens]
-        received = all_to_all(torch.cat(pieces), in_splits, out_splits, self.fold.heads)
+        received = all_to_all(torch.cat(pieces), in_splits, out_splits, self.fold.heads, "heads", layer)
         by_rank = [
             piece.view(num_q + 2 * num_kv, count, dim)
             for piece, count in zip(received.split(out_splits), tokens, strict=True)
@@ -108,157 +124,318 @@ class FoldedPlan:
             k, v = k.index_select(1, of_query), v.index_select(1, of_query)
         return q, k, v
 
-    def _gather_heads(self, out: Tensor, ranges: list[Span], tokens: Sequence[int]) -> Tensor:
+    def _gather_heads(self, out: Tensor, ranges: list[Span], tokens: Sequence[int], layer: int) -> Tensor:
         """My heads of all tokens of the context rank -> all heads of my tokens."""
         mine, dim = tokens[self.fold.head], out.shape[3]
         pieces = [piece.flatten() for piece in out[0].split(list(tokens), dim=1)]
         out_splits = [(stop - start) * mine * dim for start, stop in ranges]
-        received = all_to_all(torch.cat(pieces), [p.numel() for p in pieces], out_splits, self.fold.heads)
+        received = all_to_all(
+            torch.cat(pieces), [p.numel() for p in pieces], out_splits, self.fold.heads, "heads", layer
+        )
         return received.view(1, ranges[-1][1], mine, dim)
 
 
-class _ContextAttention(torch.autograd.Function):
-    """Step 2: attention of the heads at hand over all context ranks."""
+def head_ranges(heads: int, ranks: int) -> list[Span]:
+    """Query heads of each head rank; where they do not divide, some ranks have one more."""
+    return [(heads * rank // ranks, heads * (rank + 1) // ranks) for rank in range(ranks)]
 
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, folded: FoldedPlan, scale: float) -> Tensor:  # type: ignore[override]
-        plan, me = folded.plan, folded.fold.part
-        arrivals = _KeyExchange(folded, k, v)
-        exact = torch.promote_types(q.dtype, torch.float32)
-        out = torch.zeros(q.shape, dtype=exact, device=q.device)
-        lse = torch.full(q.shape[:3], -torch.inf, dtype=exact, device=q.device)
-        for source in _visiting_order(me, plan.parts):
-            if not plan.tasks[me][source]:
-                continue
-            keys, values = (k, v) if source == me else arrivals.wait(source)
-            for task in plan.tasks[me][source]:
-                rows, columns = slice(*task.q), slice(*task.k)
-                block = block_forward(q[:, :, rows], keys[:, :, columns], values[:, :, columns], task.causal, scale)
-                _merge(out[:, :, rows], lse[:, :, rows], *block)
-        arrivals.finish()
-        out = out.to(q.dtype)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.folded, ctx.scale = folded, scale
-        return out
 
-    @staticmethod
-    def backward(ctx, grad_out: Tensor):  # type: ignore[override]
-        q, k, v, out, lse = ctx.saved_tensors
-        folded: FoldedPlan = ctx.folded
-        plan, me = folded.plan, folded.fold.part
-        arrivals = _KeyExchange(folded, k, v)
-        returns = _GradientReturn(folded, k)
-        dq, dk, dv = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (q, k, v))
-        for source in _visiting_order(me, plan.parts):
-            if not plan.tasks[me][source]:
-                continue
-            if source == me:
-                keys, values, dkeys, dvalues = k, v, dk, dv
+def key_heads(query_heads: Span, group: int) -> Span:
+    """Key/value heads that a range of query heads reads, with `group` query heads to each."""
+    return query_heads[0] // group, (query_heads[1] - 1) // group + 1
+
+
+@torch.library.custom_op("longvila::context_attention", mutates_args=())
+def _context_attention(
+    q: Tensor, k: Tensor, v: Tensor, handle: int, scale: float, causal: bool, window: int | None, layer: int
+) -> tuple[Tensor, Tensor]:
+    """Step 2: attention of the heads at hand over all context ranks. Returns out, and lse in the accumulation type."""
+    folded = _by_handle[handle]
+    program = folded.plan.program(folded.fold.part, Mask(causal, window))
+    held: _Held = {("keys", program.rank): (k, v), ("queries", program.rank): (q,)}
+    mine = _no_answer(q)
+
+    def absorb(totals: tuple[Tensor, ...], parts: tuple[Tensor, ...]) -> None:
+        _merge(*totals, *parts)
+
+    answers = _Returns(program, "queries", folded.fold.return_links, mine, absorb)
+    fetches = _Fetches(program, folded.fold.links, held)
+    for index in program.indices:
+        fetches.move(index)
+        for step in program.steps_at(index):
+            if step.cargo == "keys":
+                (queries,), (keys, values), (out, lse) = (q,), held["keys", step.owner], mine
             else:
-                keys, values = arrivals.wait(source)
-                dkeys, dvalues = returns.buffer(source)
-            for task in plan.tasks[me][source]:
+                (queries,), (keys, values) = held["queries", step.owner], (k, v)
+                out, lse = answers.open(step.owner, _no_answer(queries))
+            for task in step.tasks:
                 rows, columns = slice(*task.q), slice(*task.k)
-                grads = block_backward(
-                    grad_out[:, :, rows], q[:, :, rows], keys[:, :, columns], values[:, :, columns],
-                    out[:, :, rows], lse[:, :, rows], task.causal, ctx.scale,
+                block = block_forward(queries[:, :, rows], keys[:, :, columns], values[:, :, columns], task.kind, scale)
+                _merge(out[:, :, rows], lse[:, :, rows], *block)
+        answers.move(index)
+    fetches.finish()
+    answers.finish()
+    out, lse = mine
+    return out.to(q.dtype, copy=True), lse
+
+
+@_context_attention.register_fake
+def _(q, k, v, handle, scale, causal, window, layer):
+    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:3], dtype=_exact(q.dtype))
+
+
+@torch.library.custom_op("longvila::context_attention_backward", mutates_args=())
+def _context_attention_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    handle: int, scale: float, causal: bool, window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    folded = _by_handle[handle]
+    program = folded.plan.program(folded.fold.part, Mask(causal, window))
+    held: _Held = {("keys", program.rank): (k, v), ("queries", program.rank): (grad_out, q, out, lse)}
+    dq, dk, dv = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (q, k, v))
+
+    def absorb(totals: tuple[Tensor, ...], parts: tuple[Tensor, ...]) -> None:
+        for total, part in zip(totals, parts, strict=True):
+            total += part
+
+    key_returns = _Returns(program, "keys", folded.fold.return_links, (dk, dv), absorb)
+    query_returns = _Returns(program, "queries", folded.fold.return_links, (dq,), absorb)
+    fetches = _Fetches(program, folded.fold.links, held)
+    for index in program.indices:
+        fetches.move(index)
+        for step in program.steps_at(index):
+            grads, queries, outs, lses = held["queries", program.rank if step.cargo == "keys" else step.owner]
+            keys, values = held["keys", step.owner if step.cargo == "keys" else program.rank]
+            dqueries, dkeys, dvalues = dq, dk, dv
+            if step.cargo == "queries":
+                (dqueries,) = query_returns.open(step.owner, (_zeros(queries, lse.dtype),))
+            elif step.owner != program.rank or key_returns.travels:
+                dkeys, dvalues = key_returns.open(step.owner, (_zeros(keys, lse.dtype), _zeros(values, lse.dtype)))
+            for task in step.tasks:
+                rows, columns = slice(*task.q), slice(*task.k)
+                block = block_backward(
+                    grads[:, :, rows], queries[:, :, rows], keys[:, :, columns], values[:, :, columns],
+                    outs[:, :, rows], lses[:, :, rows], task.kind, scale,
                 )  # fmt: skip
-                for total, grad in zip(
-                    (dq[:, :, rows], dkeys[:, :, columns], dvalues[:, :, columns]), grads, strict=True
-                ):
-                    total += grad
-        arrivals.finish()
-        returns.collect(dk, dv)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
+                absorb((dqueries[:, :, rows], dkeys[:, :, columns], dvalues[:, :, columns]), block)
+        key_returns.move(index)
+        query_returns.move(index)
+    fetches.finish()
+    key_returns.finish()
+    query_returns.finish()
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
-class _KeyExchange:
-    """Posts every transfer of keys and values that the plan names; `wait(source)` gives the block of one source."""
-
-    def __init__(self, folded: FoldedPlan, k: Tensor, v: Tensor) -> None:
-        plan, me = folded.plan, folded.fold.part
-        self._blocks: dict[int, Tensor] = {}
-        outgoing, incoming = {}, {}
-        for peer in _visiting_order(me, plan.parts)[1:]:
-            if spans := plan.sends[me][peer]:
-                outgoing[peer] = torch.stack([_take(k, spans), _take(v, spans)])
-            if spans := plan.sends[peer][me]:
-                count = sum(stop - start for start, stop in spans)
-                self._blocks[peer] = k.new_empty((2, *k.shape[:2], count, k.shape[3]))
-                incoming[peer] = self._blocks[peer]
-        self._outgoing = outgoing  # alive until `finish`: their sends may still be reading them
-        self._works, self._sends = _post(folded.fold.context, outgoing, incoming)
-
-    def wait(self, source: int) -> tuple[Tensor, Tensor]:
-        self._works[source].wait()
-        keys, values = self._blocks[source].unbind()
-        return keys, values
-
-    def finish(self) -> None:
-        """Waits for the sends."""
-        for work in self._sends:
-            work.wait()
-        self._outgoing.clear()
+@_context_attention_backward.register_fake
+def _(grad_out, q, k, v, out, lse, handle, scale, causal, window):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
 
 
-class _GradientReturn:
-    """Carries gradients of keys and values home to the rank that owns them, in the accumulation type.
+def _setup(ctx, inputs, output) -> None:
+    q, k, v, ctx.handle, ctx.scale, ctx.causal, ctx.window, _ = inputs
+    ctx.save_for_backward(q, k, v, *output)
+    ctx.folded = _by_handle.get(ctx.handle)  # keeps the plan alive until the backward
+    ctx.mark_non_differentiable(output[1])
 
-    All transfers are posted as one batch after the last task: with NCCL, a send posted before its peer's receive could
-    wait for a peer that is itself waiting to send.
+
+def _backward(ctx, grad_out: Tensor, _grad_lse):
+    grads = _context_attention_backward(grad_out, *ctx.saved_tensors, ctx.handle, ctx.scale, ctx.causal, ctx.window)
+    return *grads, None, None, None, None, None
+
+
+_context_attention.register_autograd(_backward, setup_context=_setup)
+
+_Held = dict[tuple[Cargo, int], tuple[Tensor, ...]]
+
+
+class _Fetches:
+    """Brings the keys and queries that the program names into `held`, and sends this rank's, in the planned order.
+
+    A message for each tensor, cut along dim 2 to the transfer's tokens.
     """
 
-    def __init__(self, folded: FoldedPlan, k: Tensor) -> None:
-        self._sends, self._me, self._group = folded.plan.sends, folded.fold.part, folded.fold.context_gradients
-        self._like = k
-        self._buffers: dict[int, Tensor] = {}
+    def __init__(self, program: Program, links: Links, held: _Held) -> None:
+        self._program, self._links, self._held = program, links, held
+        self._mail = _Mail()
 
-    def _zeros(self, spans: tuple[Span, ...]) -> Tensor:
-        count = sum(stop - start for start, stop in spans)
-        exact = torch.promote_types(self._like.dtype, torch.float32)
-        return self._like.new_zeros((2, *self._like.shape[:2], count, self._like.shape[3]), dtype=exact)
+    def move(self, index: int) -> None:
+        """Waits for what step `index` needs, then posts what is to be posted at it."""
+        self._mail.wait(step=index)
+        me = self._program.rank
+        for batch in _batches(t for t in self._program.fetches if t.posted == index):
+            outgoing, incoming = [], []
+            for transfer in batch:
+                if transfer.source == me:
+                    outgoing.append((transfer, self._cargo(transfer)))
+                else:
+                    like = self._held[transfer.cargo, me]
+                    blocks = tuple(x.new_empty(_resized(x, transfer.num_tokens)) for x in like)
+                    self._held[transfer.cargo, transfer.owner] = blocks
+                    incoming.append((transfer, blocks))
+            self._mail.post(self._links, outgoing, incoming)
 
-    def buffer(self, source: int) -> tuple[Tensor, Tensor]:
-        """Zeros for the gradients of the keys and values that `source` sent."""
-        self._buffers[source] = self._zeros(self._sends[source][self._me])
-        dkeys, dvalues = self._buffers[source].unbind()
-        return dkeys, dvalues
+    def _cargo(self, transfer: Transfer) -> tuple[Tensor, ...]:
+        tensors = self._held[transfer.cargo, transfer.owner]
+        if transfer.owner != self._program.rank:  # passed on as it came
+            return tensors
+        return tuple(_take(x, transfer.spans) for x in tensors)
 
-    def collect(self, dk: Tensor, dv: Tensor) -> None:
-        """Sends every buffer home, and adds what the other ranks computed for this rank's keys and values."""
-        blocks = {peer: self._zeros(spans) for peer, spans in enumerate(self._sends[self._me]) if spans}
-        arrivals, sends = _post(self._group, self._buffers, blocks)
-        for peer, block in blocks.items():
-            arrivals[peer].wait()
-            spans = self._sends[self._me][peer]
-            pieces = block.split([stop - start for start, stop in spans], dim=3)
-            for (start, stop), piece in zip(spans, pieces, strict=True):
-                dk[:, :, start:stop] += piece[0]
-                dv[:, :, start:stop] += piece[1]
-        for work in sends:
+    def finish(self) -> None:
+        self._mail.finish()
+
+
+class _Returns:
+    """Carries results to the rank that owns the tokens they are for, adding up what meets on the way.
+
+    Args:
+        cargo: whose results: gradients of `keys`, or outputs or gradients of `queries`.
+        mine: this rank's own totals, over all its tokens.
+        absorb: adds parts to totals, in place.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        cargo: Cargo,
+        links: Links,
+        mine: tuple[Tensor, ...],
+        absorb: Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], None],
+    ) -> None:
+        self._program, self._links, self._mine, self._absorb = program, links, mine, absorb
+        self._returns = [transfer for transfer in program.returns if transfer.cargo == cargo]
+        self.travels = any(t.owner == t.source == program.rank for t in self._returns)
+        """Whether this rank's results for its own tokens go round with those of the others, as in a ring."""
+        self._open: dict[int, tuple[Tensor, ...]] = {}
+        self._arrived: list[tuple[Transfer, tuple[Tensor, ...]]] = []
+        self._mail = _Mail()
+
+    def open(self, owner: int, totals: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Starts totals for the tokens of `owner` that were sent here."""
+        self._open[owner] = totals
+        return totals
+
+    def move(self, index: int) -> None:
+        """Posts what is to be posted at step `index`, after its tasks."""
+        me = self._program.rank
+        for batch in _batches(t for t in self._returns if t.posted == index):
+            outgoing = [(t, self._close(t)) for t in batch if t.source == me]
+            incoming = []
+            for transfer in batch:
+                if transfer.source != me:
+                    blocks = tuple(x.new_empty(_resized(x, transfer.num_tokens)) for x in self._mine)
+                    incoming.append((transfer, blocks))
+            self._mail.post(self._links, outgoing, incoming)
+            self._arrived += incoming
+
+    def _close(self, transfer: Transfer) -> tuple[Tensor, ...]:
+        """What this rank and those before it have for `transfer.owner`; theirs was posted at an earlier step."""
+        totals = self._open.pop(transfer.owner, None)
+        for before in [entry for entry in self._arrived if entry[0].owner == transfer.owner]:
+            if before[0].posted < transfer.posted:
+                self._arrived.remove(before)
+                self._mail.wait_for(before[0])
+                if totals is None:
+                    totals = before[1]
+                else:
+                    self._absorb(totals, before[1])
+        if totals is None:  # a relay passes here, and this rank had nothing to compute
+            totals = tuple(x.new_zeros(_resized(x, transfer.num_tokens)) for x in self._mine)
+        return totals
+
+    def finish(self) -> None:
+        """Adds what came for this rank's own tokens, in the order of steps, so that sums do not depend on timing."""
+        for transfer, blocks in self._arrived:
+            self._mail.wait_for(transfer)
+            offset = 0
+            for start, stop in transfer.spans:
+                piece = slice(offset, offset + stop - start)
+                self._absorb(tuple(x[:, :, start:stop] for x in self._mine), tuple(x[:, :, piece] for x in blocks))
+                offset += stop - start
+        self._mail.finish()
+
+
+class _Mail:
+    """Posted messages that have not been waited for."""
+
+    def __init__(self) -> None:
+        self._receives: dict[Transfer, list[dist.Work]] = {}
+        self._sends: list[tuple[dist.Work, object]] = []
+
+    def post(
+        self,
+        links: Links,
+        outgoing: list[tuple[Transfer, tuple[Tensor, ...]]],
+        incoming: list[tuple[Transfer, tuple[Tensor, ...]]],
+    ) -> None:
+        """Posts one batch over one link class. NCCL makes it one operation, and its order is that of the program."""
+        ops = []
+        for send, pairs in ((True, outgoing), (False, incoming)):
+            for transfer, tensors in pairs:
+                group = links.inner if transfer.link == "inner" else links.outer
+                peer = _rank_in(group, links, transfer.target if send else transfer.source)
+                for x in tensors:
+                    ops.append(dist.P2POp(dist.isend if send else dist.irecv, x, group=group, group_peer=peer))
+                    if send:
+                        count(f"bytes {transfer.cargo} {transfer.link}", x.numel() * x.element_size())
+        if not ops:
+            return
+        works = dist.batch_isend_irecv(ops)
+        if len(works) < len(ops):  # NCCL: one work for all
+            works = [works[0]] * len(ops)
+        remaining = iter(works)
+        for _, tensors in outgoing:
+            self._sends += [(next(remaining), x) for x in tensors]  # a send reads its tensor until it is done
+        for transfer, tensors in incoming:
+            self._receives[transfer] = [next(remaining) for _ in tensors]
+
+    def wait(self, step: int) -> None:
+        """Waits for the messages that are needed at `step`."""
+        for transfer in [transfer for transfer in self._receives if transfer.step == step]:
+            self.wait_for(transfer)
+
+    def wait_for(self, transfer: Transfer) -> None:
+        for work in self._receives.pop(transfer):
             work.wait()
 
-
-def _post(
-    group: dist.ProcessGroup, outgoing: dict[int, Tensor], incoming: dict[int, Tensor]
-) -> tuple[dict[int, dist.Work], list[dist.Work]]:
-    """Posts sends and receives; returns the work of each receive by peer, and those of the sends."""
-    ops = [dist.P2POp(dist.isend, t, group=group, group_peer=peer) for peer, t in outgoing.items()]
-    ops += [dist.P2POp(dist.irecv, t, group=group, group_peer=peer) for peer, t in incoming.items()]
-    if not ops:
-        return {}, []
-    works = dist.batch_isend_irecv(ops)
-    if len(works) < len(ops):  # NCCL coalesces a batch into one work
-        return dict.fromkeys(incoming, works[0]), list(works)
-    return dict(zip(incoming, works[len(outgoing) :], strict=True)), works[: len(outgoing)]
+    def finish(self) -> None:
+        """Waits for all sends."""
+        for work, _ in self._sends:
+            work.wait()
+        self._sends.clear()
 
 
-def _visiting_order(me: int, parts: int) -> list[int]:
-    """Own keys first, then those of the ranks before this one, nearest first: at each step every rank serves one."""
-    return [(me - step) % parts for step in range(parts)]
+def _batches(transfers) -> list[list[Transfer]]:
+    """Transfers that go as one operation: those of one step over one link class."""
+    return [list(batch) for _, batch in itertools.groupby(transfers, key=lambda t: (t.posted, t.step, t.link))]
+
+
+def _rank_in(group: dist.ProcessGroup, links: Links, part: int) -> int:
+    """The rank in `group` of a context rank. Inner rings are cut from the context group one after the other."""
+    return part if group is links.outer else part % dist.get_world_size(group)
+
+
+def _no_answer(q: Tensor) -> tuple[Tensor, Tensor]:
+    """Totals of queries that have seen no key yet."""
+    exact = _exact(q.dtype)
+    return _zeros(q, exact), torch.full(q.shape[:3], -torch.inf, dtype=exact, device=q.device)
+
+
+def _zeros(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(x.shape, dtype=dtype, device=x.device)
+
+
+def _exact(dtype: torch.dtype) -> torch.dtype:
+    """The type in which partial results are added up."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _resized(x: Tensor, num_tokens: int) -> tuple[int, ...]:
+    return (*x.shape[:2], num_tokens, *x.shape[3:])
 
 
 def _take(x: Tensor, spans: tuple[Span, ...]) -> Tensor:
+    if len(spans) == 1:
+        return x[:, :, slice(*spans[0])].contiguous()
     return torch.cat([x[:, :, start:stop] for start, stop in spans], dim=2)
 
 
@@ -267,7 +444,3 @@ def _merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> No
     joint = torch.logaddexp(lse, block_lse)
     out.mul_((lse - joint).exp().unsqueeze(-1)).add_(block_out * (block_lse - joint).exp().unsqueeze(-1))
     lse.copy_(joint)
-
-
-def _head_range(heads: int, rank: int, ranks: int) -> Span:
-    return heads * rank // ranks, heads * (rank + 1) // ranks

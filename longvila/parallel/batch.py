@@ -7,18 +7,69 @@ differentiable all-to-all; nothing is gathered whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from longvila.config import LayoutName
-from longvila.errors import DataError
+from longvila.config import LayoutName, RoutingName
+from longvila.errors import DataError, LongvilaError
+from longvila.parallel.agree import check_same_row
 from longvila.parallel.attention import FoldedPlan
 from longvila.parallel.exchange import all_to_all
 from longvila.parallel.fold import Fold
 from longvila.parallel.plan import make_plan
+
+
+def shift_labels(labels: Tensor, lengths: Sequence[int], ignore: int = -100) -> Tensor:
+    """(N,) the target after each token, inside each document. Must happen before a row is cut."""
+    return torch.cat([F.pad(one[1:], (0, 1), value=ignore) for one in labels.split(list(lengths))])
+
+
+def shard_batch(
+    lengths: Sequence[int],
+    fold: Fold,
+    layout: LayoutName = "document_zigzag",
+    routing: RoutingName = "direct",
+    agreed: bool = False,
+    **tensors: Tensor,
+) -> dict[str, Any]:
+    """This rank's share of a packed row, and its plan: what the forward of a Hugging Face language model takes.
+
+    Args:
+        lengths: tokens of each document, in row order.
+        tensors: (N, ...) each, the same on every rank of the sequence group: `input_ids` or `inputs_embeds`,
+            `position_ids` (restarting in each document), shifted `labels`, loss weights.
+        agreed: the ranks of the sequence group have made sure already that they hold the same row; otherwise this is
+            collective over them, and checks it.
+
+    Returns:
+        `plan`, and each tensor as (1, t, ...), t tokens being this rank's.
+
+    Raises:
+        DataError: where lengths and tensors contradict each other, or ranks hold different rows: on every rank.
+        ConfigError: for a layout or routing that does not exist.
+    """
+    lengths = tuple(lengths)
+    plan, error = None, None
+    try:
+        plan = make_plan(lengths, fold.inner, fold.outer, fold.num_heads, layout, routing)
+        for name, tensor in tensors.items():
+            if tensor.shape[0] != sum(lengths):
+                raise DataError(f"documents of {sum(lengths)} tokens in all, but {tensor.shape[0]} {name}")
+    except LongvilaError as reason:
+        error = reason
+    if not agreed:
+        shapes = [(name, tensor.shape, str(tensor.dtype)) for name, tensor in sorted(tensors.items())]
+        check_same_row(plan.identity if plan else None, shapes, lengths, error, fold)
+    if plan is None or error is not None:
+        raise error or AssertionError("no plan and no error")
+    mine = torch.tensor(plan.positions(fold.part, fold.head), dtype=torch.long)
+    local = {name: tensor[mine.to(tensor.device)].unsqueeze(0) for name, tensor in tensors.items()}
+    return {**local, "plan": FoldedPlan(plan, fold)}
 
 
 @dataclass(frozen=True)
@@ -50,6 +101,7 @@ def shard_row(
     tokens_per_frame: int,
     fold: Fold,
     layout: LayoutName,
+    routing: RoutingName = "direct",
 ) -> LocalRow:
     """Cuts a row that is identical on every rank of the sequence group.
 
@@ -61,33 +113,21 @@ def shard_row(
     Raises:
         DataError: where lengths, tensors and frame places contradict each other.
     """
-    num_tokens = input_ids.numel()
-    if not (sum(lengths) == num_tokens == labels.numel() == position_ids.numel() == is_frame.numel()):
-        raise DataError(
-            f"documents of {sum(lengths)} tokens in all, but {num_tokens} input ids, {labels.numel()} labels, "
-            f"{position_ids.numel()} positions and {is_frame.numel()} frame marks"
-        )
-    plan = make_plan(lengths, fold.parts, fold.num_heads, layout)
-    mine = torch.tensor(plan.positions(fold.part, fold.head), dtype=torch.long)
+    tensors = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids, "is_frame": is_frame}
+    local = shard_batch(lengths, fold, layout, routing, agreed=True, **tensors)
+    folded: FoldedPlan = local["plan"]
     places = is_frame.cpu().nonzero().flatten()
     if places.numel() % tokens_per_frame:
         raise DataError(f"{places.numel()} frame places are not a whole number of frames of {tokens_per_frame} tokens")
-    route = _frame_route(plan_owner(num_tokens, fold, plan.positions), places, tokens_per_frame, fold)
-    on = mine.to(input_ids.device)
-    return LocalRow(
-        input_ids[on].unsqueeze(0),
-        labels[on].unsqueeze(0),
-        position_ids[on].unsqueeze(0),
-        FoldedPlan(plan, fold),
-        route,
-    )
+    route = _frame_route(plan_owner(sum(lengths), fold, folded.plan.positions), places, tokens_per_frame, fold)
+    return LocalRow(local["input_ids"], local["labels"], local["position_ids"], folded, route)
 
 
 def plan_owner(num_tokens: int, fold: Fold, positions: Callable[[int, int], list[int]]) -> Tensor:
     """(N,) sequence rank that owns each row position."""
     owner = torch.empty(num_tokens, dtype=torch.long)
     for rank in range(fold.num_sequence):
-        owner[torch.tensor(positions(*divmod(rank, fold.num_heads)), dtype=torch.long)] = rank
+        owner[torch.tensor(positions(*fold.coordinates(rank)), dtype=torch.long)] = rank
     return owner
 
 
@@ -108,6 +148,6 @@ def _frame_route(owner: Tensor, places: Tensor, tokens_per_frame: int, fold: Fol
                 f"this rank should route {len(shares[me])} frames of {tokens_per_frame} tokens, "
                 f"not {tokens.shape[0]} of {tokens.shape[1]}"
             )
-        return all_to_all(tokens.flatten(0, 1)[order.to(tokens.device)], in_splits, out_splits, fold.sequence)
+        return all_to_all(tokens.flatten(0, 1)[order.to(tokens.device)], in_splits, out_splits, fold.sequence, "frames")
 
     return route

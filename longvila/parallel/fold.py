@@ -1,7 +1,8 @@
 """Folds: named views of one device mesh. The only place that makes process groups.
 
 The world is `data x outer x inner x head`, head fastest, so that the all-to-all over heads stays on neighbouring ranks
-(LoongTrain's head-first placement). A sequence group is `outer x inner x head` ranks that read one row together.
+(LoongTrain's head-first placement); context-first placement is the order `data x head x outer x inner`. A sequence
+group is `outer x inner x head` ranks that read one row together.
 """
 
 from __future__ import annotations
@@ -13,8 +14,18 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from longvila.config import ParallelConfig
+from longvila.config import ParallelConfig, PlacementName
 from longvila.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Links:
+    """Process groups by link class, so that fast and slow transfers do not queue behind each other."""
+
+    inner: dist.ProcessGroup
+    """This rank's inner ring."""
+    outer: dist.ProcessGroup
+    """All context ranks."""
 
 
 @dataclass(frozen=True)
@@ -22,15 +33,20 @@ class Fold:
     """This rank's place in the world, and the process groups of the axes it takes part in."""
 
     mesh: DeviceMesh
-    """(data, outer, inner, head)."""
+    """Axes `data`, `outer`, `inner`, `head`, in the order of the placement."""
     sequence: dist.ProcessGroup
     """Ranks that share one row."""
     context: dist.ProcessGroup
-    """outer x inner ranks with this rank's heads; keys and values travel here."""
-    context_gradients: dist.ProcessGroup
-    """The same ranks; gradients of keys and values travel here, so that the two kinds of traffic never mix."""
+    """outer x inner ranks with this rank's heads."""
+    links: Links
+    """Where keys, values and queries travel between them."""
+    return_links: Links
+    """The same ranks; gradients and helpers' answers travel here, so that the two kinds of traffic never mix."""
     heads: dist.ProcessGroup
     """Ranks that share this rank's attention tokens."""
+    inner: int
+    outer: int
+    placement: PlacementName
     data_rank: int
     num_data: int
 
@@ -59,6 +75,14 @@ class Fold:
     def num_heads(self) -> int:
         """Size of the head axis."""
         return dist.get_world_size(self.heads)
+
+    def coordinates(self, sequence_rank: int) -> tuple[int, int]:
+        """(context rank, head rank) of a rank of the sequence group."""
+        if self.placement == "context_first":
+            head, part = divmod(sequence_rank, self.parts)
+            return part, head
+        part, head = divmod(sequence_rank, self.num_heads)
+        return part, head
 
 
 def start_world() -> torch.device:
@@ -96,17 +120,28 @@ def make_fold(parallel: ParallelConfig, device_type: str) -> Fold:
         ConfigError: where the sequence group does not divide the world.
     """
     num_data = check_world(parallel, dist.get_world_size())
-    shape = (num_data, parallel.outer, parallel.inner, parallel.head)
-    mesh = init_device_mesh(device_type, shape, mesh_dim_names=("data", "outer", "inner", "head"))
-    ranks = torch.arange(dist.get_world_size()).view(num_data, parallel.outer * parallel.inner, parallel.head)
-    sequence = _my_group([row.flatten().tolist() for row in ranks])
-    columns = [row[:, h].tolist() for row in ranks for h in range(parallel.head)]
+    sizes = {"data": num_data, "outer": parallel.outer, "inner": parallel.inner, "head": parallel.head}
+    if parallel.placement == "context_first":
+        axes = ("data", "head", "outer", "inner")
+    else:
+        axes = ("data", "outer", "inner", "head")
+    mesh = init_device_mesh(device_type, tuple(sizes[axis] for axis in axes), mesh_dim_names=axes)
+    ranks = mesh.mesh.cpu().permute([axes.index(axis) for axis in ("data", "head", "outer", "inner")])
+    columns = ranks.flatten(2).flatten(0, 1).tolist()
+    rings = ranks.flatten(0, 2).tolist()
+    context = _my_group(columns)
+    returns = _my_group(columns)
+    inner, inner_returns = (_my_group(rings), _my_group(rings)) if parallel.outer > 1 else (context, returns)
     return Fold(
         mesh=mesh,
-        sequence=sequence,
-        context=_my_group(columns),
-        context_gradients=_my_group(columns),
+        sequence=_my_group([sorted(row.flatten().tolist()) for row in ranks]),
+        context=context,
+        links=Links(inner, context),
+        return_links=Links(inner_returns, returns),
         heads=mesh.get_group("head"),
+        inner=parallel.inner,
+        outer=parallel.outer,
+        placement=parallel.placement,
         data_rank=mesh.get_local_rank("data"),
         num_data=num_data,
     )

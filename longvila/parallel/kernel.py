@@ -1,8 +1,8 @@
-"""One interface to block attention kernels: `(q, k, v, causal) -> (out, lse)`, and its backward.
+"""One interface to block attention kernels: `(q, k, v, kind) -> (out, lse)`, and its backward.
 
-A block is either a full rectangle or a causal square. The backward takes the log-sum-exp and output of the *whole* row,
-so that gradients of blocks add up to the exact gradient (FlashAttention-2, Dao 2023, algorithm 2). Shapes are
-`(1, heads, tokens, head_dim)`; query heads are a multiple of key/value heads.
+The backward takes the log-sum-exp and output of the *whole* row, so that gradients of blocks add up to the exact
+gradient (FlashAttention-2, Dao 2023, algorithm 2). Shapes are `(1, heads, tokens, head_dim)`; query heads are a
+multiple of key/value heads. What the kinds of blocks mean is said in `blocks.py`.
 """
 
 from __future__ import annotations
@@ -11,16 +11,18 @@ import torch
 from torch import Tensor
 
 from longvila.errors import ConfigError
+from longvila.parallel.blocks import Kind
+from longvila.parallel.traffic import count
 
 aten = torch.ops.aten
 
 
-def block_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def block_forward(q: Tensor, k: Tensor, v: Tensor, kind: Kind, scale: float) -> tuple[Tensor, Tensor]:
     """Attention of one block.
 
     Args:
         q: (1, Hq, Tq, D); k, v: (1, Hkv, Tk, D).
-        causal: the block is square and query i sees keys 0..i.
+        kind: `causal` and `edge` blocks are square.
         scale: factor of the scores.
 
     Returns:
@@ -29,6 +31,26 @@ def block_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -
     Raises:
         ConfigError: on a GPU for a type other than bf16 and fp16, which flash attention does not take.
     """
+    count("kernel forward")
+    if kind == "edge":
+        out, lse = _forward(q.flip(2), k.flip(2), v.flip(2), True, scale)
+        return out.flip(2), lse.flip(2)
+    return _forward(q, k, v, kind == "causal", scale)
+
+
+def block_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, kind: Kind, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of one block with respect to q, k and v, given `out` and `lse` of the whole row for these queries."""
+    count("kernel backward")
+    if kind == "edge":
+        flipped = [x.flip(2) for x in (grad_out, q, k, v, out, lse)]
+        dq, dk, dv = _backward(*flipped, causal=True, scale=scale)  # type: ignore[misc]
+        return dq.flip(2), dk.flip(2), dv.flip(2)
+    return _backward(grad_out, q, k, v, out, lse, kind == "causal", scale)
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     if q.device.type == "cpu":
         return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
     _check_gpu_type(q)
@@ -37,10 +59,9 @@ def block_forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -
     return out, lse
 
 
-def block_backward(
+def _backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of one block with respect to q, k and v, given `out` and `lse` of the whole row for these queries."""
     if q.device.type == "cpu":
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad_out, q, k, v, out, lse, 0.0, causal, scale=scale

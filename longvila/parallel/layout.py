@@ -8,12 +8,21 @@ every token once, and lengths need not divide by anything.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 
 from longvila.config import LayoutName
+from longvila.parallel.blocks import Span
 
-Span = tuple[int, int]
-Layout = Callable[[Sequence[int], int], tuple[tuple[Span, ...], ...]]
+
+@dataclass(frozen=True)
+class Layout:
+    """A way to spread a row over context ranks."""
+
+    cut: Callable[[Sequence[int], int], tuple[tuple[Span, ...], ...]]
+    """(document lengths, context ranks) -> the spans of each rank."""
+    helpers: bool = False
+    """Whether early ranks compute for late ones, as in LightSeq (`Plan._helps`)."""
 
 
 def contiguous(lengths: Sequence[int], parts: int) -> tuple[tuple[Span, ...], ...]:
@@ -51,9 +60,10 @@ def document_zigzag(lengths: Sequence[int], parts: int) -> tuple[tuple[Span, ...
 
 
 LAYOUTS: dict[LayoutName, Layout] = {
-    "contiguous": contiguous,
-    "zigzag": zigzag,
-    "document_zigzag": document_zigzag,
+    "contiguous": Layout(contiguous),
+    "zigzag": Layout(zigzag),
+    "document_zigzag": Layout(document_zigzag),
+    "lightseq": Layout(contiguous, helpers=True),
 }
 
 

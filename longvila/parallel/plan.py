@@ -1,59 +1,164 @@
-"""The plan of one packed row: who owns which token, which attention tasks run where, and what is sent to whom.
+"""The plan of one packed row: who owns which token, which attention tasks run where and when, and what is sent to whom.
 
-Every rank computes the same immutable plan from the document lengths and the sizes of the attention fold; the executor
-(`attention.py`) only carries it out. Pure integers, no torch. Two kinds of offsets occur: row positions (spans of the
-layout) and local offsets (index into the tokens that one context rank holds, in ascending row order).
+Every rank computes the same plan from the document lengths and the sizes of the attention fold; the executor
+(`attention.py`) only carries it out, and `replay.py` predicts its time and bytes. Pure integers, no torch. Two kinds of
+offsets occur: row positions (spans of the layout) and local offsets (index into the tokens that one context rank holds,
+in ascending row order).
+
+Context rank c = o x inner + i meets every other rank once, at the step `meeting_step` says: at step t = to x inner + ti
+the ranks `to` windows and `ti` places before it. Each step is a permutation of the ranks, so that a step's transfers
+never share a link's end.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate
+from typing import Literal
 
-from longvila.config import LayoutName
+from longvila.config import LayoutName, RoutingName
 from longvila.errors import ConfigError, DataError
-from longvila.parallel.layout import LAYOUTS, Span
+from longvila.parallel.blocks import Block, Mask, Span, visible_blocks
+from longvila.parallel.layout import LAYOUTS
+
+Link = Literal["inner", "outer"]
+Cargo = Literal["keys", "queries"]
 
 
 @dataclass(frozen=True)
-class Task:
-    """One kernel call: queries `q` against keys `k`; `causal` only for a square block on the diagonal."""
+class Transfer:
+    """A message between two context ranks: the keys and values, or the queries, of some of `owner`'s tokens.
 
-    q: Span
-    """Local offsets on the rank that runs the task."""
-    k: Span
-    """Offsets into the keys at hand: the rank's own, or the block received from `source`, in the order sent."""
-    causal: bool
+    What comes of them travels as a transfer too: gradients of keys, and what a helper computed for queries.
+    """
+
+    cargo: Cargo
+    owner: int
+    source: int
+    target: int
+    spans: tuple[Span, ...]
+    """Local offsets of `owner`."""
+    link: Link
+    posted: int
+    """The step at which both ends post it, so that both post their messages in one order."""
+    step: int
+    """The step at which the target needs it."""
+
+    @property
+    def num_tokens(self) -> int:
+        return count_tokens(self.spans)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one rank computes with the tokens of `owner`: its own queries on the keys of `owner`, or (helping) the
+    queries of `owner` on its own keys.
+
+    Offsets in `tasks` are local on the side that is the rank's own, and into what was received on the other: the
+    transfer's spans laid end to end.
+    """
+
+    index: int
+    owner: int
+    cargo: Cargo
+    tasks: tuple[Block, ...]
 
     @property
     def work(self) -> int:
-        """Query-key pairs computed."""
-        rows, columns = self.q[1] - self.q[0], self.k[1] - self.k[0]
-        return rows * (rows + 1) // 2 if self.causal else rows * columns
+        """Query-key pairs."""
+        return sum(task.work for task in self.tasks)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Causal attention within each document of a row, over `parts` context ranks x `head` head ranks.
+class Program:
+    """All that one context rank does in one attention call, in order of steps."""
 
-    With `c` a context rank: `spans[c]` are the row spans it owns; `tasks[c][s]` the tasks it runs on keys of context
-    rank `s`; `sends[s][c]` the local spans of its keys that `s` sends to `c` (empty where nothing is needed).
+    rank: int
+    steps: tuple[Step, ...]
+    fetches: tuple[Transfer, ...]
+    """Keys and queries that this rank sends or receives, in the order in which they are posted."""
+    returns: tuple[Transfer, ...]
+    """What it sends or receives of results: gradients of keys (backward only), and answers of helpers (both ways)."""
+
+    @cached_property
+    def indices(self) -> tuple[int, ...]:
+        """The steps at which this rank does anything, ascending."""
+        moves = [*self.fetches, *self.returns]
+        return tuple(sorted({s.index for s in self.steps} | {t.posted for t in moves} | {t.step for t in self.fetches}))
+
+    def steps_at(self, index: int) -> list[Step]:
+        """The step at `index`, if there is one."""
+        return [step for step in self.steps if step.index == index]
+
+
+class Plan:
+    """Attention inside each document of a row, over `outer` x `inner` context ranks and `head` head ranks. Immutable.
+
+    Programs are worked out when first asked for, and kept.
+
+    Args:
+        lengths: tokens of each document, in row order.
+        inner, outer, head: sizes of the fold.
+        layout: a name in `layout.LAYOUTS`.
+        routing: `direct` sends only what is needed, straight to whom it serves. `relay` passes whole blocks on from
+            neighbour to neighbour: a ring, or with outer > 1 a double ring (LoongTrain, section 4.2).
+
+    Raises:
+        DataError: for an empty row or an empty document.
+        ConfigError: for an unknown layout or routing, a size below 1, or a layout that `relay` cannot carry.
     """
 
-    lengths: tuple[int, ...]
-    parts: int
-    head: int
-    layout: LayoutName
-    spans: tuple[tuple[Span, ...], ...]
-    tasks: tuple[tuple[tuple[Task, ...], ...], ...]
-    sends: tuple[tuple[tuple[Span, ...], ...], ...]
+    def __init__(
+        self,
+        lengths: tuple[int, ...],
+        inner: int = 1,
+        outer: int = 1,
+        head: int = 1,
+        layout: LayoutName = "document_zigzag",
+        routing: RoutingName = "direct",
+    ) -> None:
+        if not lengths:
+            raise DataError("a row needs at least one document")
+        if min(lengths) < 1:
+            raise DataError(
+                f"document {lengths.index(min(lengths))} of the row has {min(lengths)} tokens; at least 1 needed"
+            )
+        if min(inner, outer, head) < 1:
+            raise ConfigError(
+                f"an attention fold needs sizes of at least 1, not outer {outer} x inner {inner} x head {head}"
+            )
+        if layout not in LAYOUTS:
+            raise ConfigError(f"unknown layout '{layout}'; there is {', '.join(sorted(LAYOUTS))}")
+        if routing not in ("direct", "relay"):
+            raise ConfigError(f"unknown routing '{routing}'; there is direct and relay")
+        if routing == "relay" and LAYOUTS[layout].helpers:
+            raise ConfigError(
+                f"layout '{layout}' sends queries to helpers, which a relay cannot carry; use routing=direct"
+            )
+        self.lengths, self.inner, self.outer, self.head = lengths, inner, outer, head
+        self.layout: LayoutName = layout
+        self.routing: RoutingName = routing
+        self.parts = inner * outer
+        rule = LAYOUTS[layout]
+        self._helpers = rule.helpers
+        self.spans = rule.cut(lengths, self.parts)
+        """Row spans that each context rank owns."""
+        ends = list(accumulate(lengths))
+        self._pieces = [_pieces(spans, ends) for spans in self.spans]
+        self._pairs: dict[tuple[int, int, Mask], _Pair] = {}
+        self._programs: dict[tuple[int, Mask], Program] = {}
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """What must be equal on all ranks of a sequence group: everything follows from it."""
+        return self.lengths, self.inner, self.outer, self.head, self.layout, self.routing
 
     def num_tokens(self, part: int) -> int:
         """Tokens of one context rank."""
-        return _size(self.spans[part])
+        return count_tokens(self.spans[part])
 
     def rank_tokens(self, part: int) -> tuple[int, ...]:
         """Tokens of each head rank of a context rank, outside attention (contiguous pieces of the local order)."""
@@ -66,46 +171,180 @@ class Plan:
         total = len(local)
         return local[total * head // self.head : total * (head + 1) // self.head]
 
-    def work(self) -> tuple[int, ...]:
-        """Query-key pairs of each context rank."""
-        return tuple(sum(task.work for tasks in by_source for task in tasks) for by_source in self.tasks)
+    def program(self, rank: int, mask: Mask = Mask()) -> Program:  # noqa: B008 (a named tuple of constants)
+        """What context rank `rank` does under `mask`."""
+        key = (rank, mask)
+        if key not in self._programs:
+            self._programs[key] = self._relay(rank, mask) if self.routing == "relay" else self._direct(rank, mask)
+        return self._programs[key]
+
+    def meeting_step(self, rank: int, owner: int) -> int:
+        """The step at which `rank` and `owner`'s tokens meet."""
+        windows = (rank // self.inner - owner // self.inner) % self.outer
+        return windows * self.inner + (rank - owner) % self.inner
+
+    def link(self, one: int, other: int) -> Link:
+        """Ranks of one inner ring are joined by fast links."""
+        return "inner" if one // self.inner == other // self.inner else "outer"
+
+    def _pair(self, queries: int, keys: int, mask: Mask) -> _Pair:
+        key = (queries, keys, mask)
+        if key not in self._pairs:
+            self._pairs[key] = _pair(self._pieces[queries], self._pieces[keys], mask)
+        return self._pairs[key]
+
+    def _helps(self, queries: int, keys: int, mask: Mask) -> bool:
+        """Whether the keys' owner computes this pair: LightSeq's rule (Li et al. 2023, section 3.2)."""
+        # In the plain schedule, rank p works on its own chunk and on those of the p ranks before it, so that early
+        # ranks fall idle. Pairs more than half the ranks apart are theirs.
+        return self._helpers and mask.causal and queries - keys > self.parts // 2
+
+    def _step(self, rank: int, owner: int, mask: Mask) -> Step | None:
+        """What `rank` computes with `owner`'s tokens, if anything."""
+        index = self.meeting_step(rank, owner)
+        whole = rank == owner or self.routing == "relay"
+        if tasks := self._pair(rank, owner, mask).tasks_on_keys(whole):
+            if not self._helps(rank, owner, mask):
+                return Step(index, owner, "keys", tasks)
+        elif self._helps(owner, rank, mask) and (tasks := self._pair(owner, rank, mask).tasks_on_queries()):
+            return Step(index, owner, "queries", tasks)
+        return None
+
+    def _steps(self, rank: int, mask: Mask) -> tuple[Step, ...]:
+        found = [step for owner in range(self.parts) if (step := self._step(rank, owner, mask))]
+        return tuple(sorted(found, key=lambda step: step.index))
+
+    def _direct(self, rank: int, mask: Mask) -> Program:
+        """All is posted at once, and each result returned as soon as it is there."""
+        steps = self._steps(rank, mask)
+        meetings = [(rank, step) for step in steps if step.owner != rank]
+        for other in range(self.parts):
+            if other != rank and (step := self._step(other, rank, mask)):
+                meetings.append((other, step))
+        fetches, returns = [], []
+        for worker, step in meetings:
+            if step.cargo == "keys":
+                spans = self._pair(worker, step.owner, mask).keys
+            else:
+                spans = self._pair(step.owner, worker, mask).queries
+            link = self.link(worker, step.owner)
+            there = Transfer(step.cargo, step.owner, step.owner, worker, spans, link, 0, step.index)
+            back = Transfer(step.cargo, step.owner, worker, step.owner, spans, link, step.index, self.parts)
+            fetches.append(there)
+            returns.append(back)
+        return Program(rank, steps, _in_order(fetches), _in_order(returns))
+
+    def _relay(self, rank: int, mask: Mask) -> Program:
+        """Blocks travel round the inner ring; at each window's end the next one's have come by the outer ring."""
+        fetches, returns = [], []
+        for owner in range(self.parts):
+            path = self._path(owner, mask)
+            fetches += [hop for hop in path.hops if rank in (hop.source, hop.target)]
+            returns += [hop for hop in path.homeward if rank in (hop.source, hop.target)]
+        return Program(rank, self._steps(rank, mask), _in_order(fetches), _in_order(returns))
+
+    def _path(self, owner: int, mask: Mask) -> _Path:
+        """How one block travels: as far as somebody needs it, and its gradients behind it."""
+        home_window, place = divmod(owner, self.inner)
+        spans = ((0, self.num_tokens(owner)),) if self.num_tokens(owner) else ()
+        needed = [
+            self.meeting_step(rank, owner)
+            for rank in range(self.parts)
+            if rank != owner and self._pair(rank, owner, mask).tasks
+        ]
+        hops, homeward = [], []
+
+        def hop(into: list[Transfer], source: int, target: int, posted: int, step: int) -> None:
+            link = self.link(source, target)
+            into.append(Transfer("keys", owner, source, target, spans, link, posted, step))
+
+        last = max(needed, default=0)
+        if not spans or not needed:
+            return _Path((), ())
+        num_windows = last // self.inner + 1
+        for window in range(num_windows):
+            first = (home_window + window) % self.outer * self.inner
+            # As many ranks of this window as there are in need, counted from the block's entry.
+            inside = [step - window * self.inner for step in needed if step // self.inner == window]
+            reach = max(inside, default=0)
+            ranks = [first + (place + i) % self.inner for i in range(reach + 1)]
+            begin = window * self.inner
+            if window + 1 < num_windows:
+                entry = (first + self.inner) % self.parts + place
+                hop(hops, ranks[0], entry, begin, begin + self.inner)
+            for i in range(reach):
+                hop(hops, ranks[i], ranks[i + 1], begin + i, begin + i + 1)
+                hop(homeward, ranks[i], ranks[i + 1], begin + i, begin + i + 1)
+            if reach:
+                hop(homeward, ranks[-1], ranks[0], begin + reach, begin + self.inner)
+            end = begin + self.inner
+            if window + 1 < num_windows:
+                hop(homeward, ranks[0], (first + self.inner) % self.parts + place, end, end + self.inner)
+            elif window:
+                hop(homeward, ranks[0], owner, end, end + self.inner)
+        return _Path(tuple(hops), tuple(homeward))
 
 
 @lru_cache(maxsize=256)
-def make_plan(lengths: tuple[int, ...], parts: int, head: int = 1, layout: LayoutName = "document_zigzag") -> Plan:
-    """Plans causal attention over packed documents.
+def make_plan(
+    lengths: tuple[int, ...],
+    inner: int = 1,
+    outer: int = 1,
+    head: int = 1,
+    layout: LayoutName = "document_zigzag",
+    routing: RoutingName = "direct",
+) -> Plan:
+    """`Plan`, the same object for equal arguments: its programs are worked out once."""
+    return Plan(lengths, inner, outer, head, layout, routing)
 
-    Args:
-        lengths: tokens of each document, in row order.
-        parts: context ranks (inner x outer).
-        head: head ranks that share each context rank's tokens.
-        layout: a name in `layout.LAYOUTS`.
 
-    Raises:
-        DataError: for an empty row or an empty document.
-        ConfigError: for an unknown layout or a size below 1.
-    """
-    if not lengths:
-        raise DataError("a row needs at least one document")
-    if min(lengths) < 1:
-        raise DataError(
-            f"document {lengths.index(min(lengths))} of the row has {min(lengths)} tokens; at least 1 needed"
-        )
-    if parts < 1 or head < 1:
-        raise ConfigError(f"an attention fold needs sizes of at least 1, not {parts} context x {head} head ranks")
-    if layout not in LAYOUTS:
-        raise ConfigError(f"unknown layout '{layout}'; there is {', '.join(sorted(LAYOUTS))}")
-    spans = LAYOUTS[layout](lengths, parts)
-    tasks: list[list[tuple[Task, ...]]] = []
-    sends: list[list[tuple[Span, ...]]] = [[() for _ in range(parts)] for _ in range(parts)]
-    ends = list(accumulate(lengths))
-    for c in range(parts):
-        tasks.append([])
-        for s in range(parts):
-            needed, found = _tasks(_local(spans[c], ends), _local(spans[s], ends), own=c == s)
-            tasks[c].append(found)
-            sends[s][c] = () if c == s else needed
-    return Plan(lengths, parts, head, layout, spans, tuple(tuple(t) for t in tasks), tuple(tuple(s) for s in sends))
+def count_tokens(spans: Sequence[Span]) -> int:
+    """Tokens in spans that do not overlap."""
+    return sum(stop - start for start, stop in spans)
+
+
+@dataclass(frozen=True)
+class _Path:
+    hops: tuple[Transfer, ...]
+    homeward: tuple[Transfer, ...]
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """What the queries of one rank need of the keys of another, in local offsets of each."""
+
+    tasks: tuple[Block, ...]
+    keys: tuple[Span, ...]
+    """Key spans needed, ascending."""
+    queries: tuple[Span, ...]
+    """Query spans that need any."""
+
+    def tasks_on_keys(self, whole: bool) -> tuple[Block, ...]:
+        """Tasks with offsets into the needed keys laid end to end, or into all keys of their rank (`whole`)."""
+        if whole:
+            return self.tasks
+        return _packed(self.tasks, self.keys, "k")
+
+    def tasks_on_queries(self) -> tuple[Block, ...]:
+        """Tasks with offsets into the needed queries laid end to end, and keys where they lie."""
+        return _packed(self.tasks, self.queries, "q")
+
+
+def _packed(tasks: tuple[Block, ...], spans: tuple[Span, ...], side: Literal["q", "k"]) -> tuple[Block, ...]:
+    starts = [start for start, _ in spans]
+    shifts = [start - before for (start, _), before in zip(spans, _sizes_before(spans), strict=True)]
+
+    def move(span: Span) -> Span:
+        shift = shifts[bisect_right(starts, span[0]) - 1]
+        return span[0] - shift, span[1] - shift
+
+    if side == "k":
+        return tuple(Block(task.q, move(task.k), task.kind) for task in tasks)
+    return tuple(Block(move(task.q), task.k, task.kind) for task in tasks)
+
+
+def _sizes_before(spans: Sequence[Span]) -> list[int]:
+    return [0, *accumulate(stop - start for start, stop in spans)][:-1]
 
 
 @dataclass(frozen=True)
@@ -118,7 +357,7 @@ class _Piece:
     offset: int
 
 
-def _local(spans: Sequence[Span], ends: Sequence[int]) -> list[_Piece]:
+def _pieces(spans: Sequence[Span], ends: Sequence[int]) -> list[_Piece]:
     pieces, offset = [], 0
     for start, stop in spans:
         pieces.append(_Piece(bisect_right(ends, start), start, stop, offset))
@@ -126,36 +365,44 @@ def _local(spans: Sequence[Span], ends: Sequence[int]) -> list[_Piece]:
     return pieces
 
 
-def _tasks(queries: list[_Piece], keys: list[_Piece], own: bool) -> tuple[tuple[Span, ...], tuple[Task, ...]]:
-    """The local key spans that `queries` need from `keys`, and the tasks over those keys packed end to end."""
-    by_document: dict[int, list[_Piece]] = {}
-    for key in keys:
-        by_document.setdefault(key.document, []).append(key)
-    wanted = [
-        (query, [key for key in by_document.get(query.document, ()) if key.start < query.stop]) for query in queries
-    ]
-    needed = sorted({(key.offset, key.offset + key.stop - key.start) for _, visible in wanted for key in visible})
-    # Own keys are used where they lie; received ones lie packed, in the order of `needed`.
-    packed, total = {}, 0
-    for start, stop in needed:
-        packed[start] = start if own else total
-        total += stop - start
-    tasks: list[Task] = []
-    for query, visible in wanted:
-        q = (query.offset, query.offset + query.stop - query.start)
-        for key in visible:
-            at = packed[key.offset]
-            task = Task(q, (at, at + key.stop - key.start), causal=key.start == query.start)
-            # Neighbouring rectangles become one call: along the keys, or along the queries.
-            last = tasks[-1] if tasks else None
-            if last and not last.causal and not task.causal and last.q == q and last.k[1] == at:
-                tasks[-1] = Task(q, (last.k[0], task.k[1]), causal=False)
-            elif last and not last.causal and not task.causal and last.k == task.k and last.q[1] == q[0]:
-                tasks[-1] = Task((last.q[0], q[1]), last.k, causal=False)
-            else:
-                tasks.append(task)
-    return tuple(needed), tuple(tasks)
+def _pair(queries: list[_Piece], keys: list[_Piece], mask: Mask) -> _Pair:
+    documents = [key.document for key in keys]
+    tasks: list[Block] = []
+    for query in queries:
+        begin, end = bisect_left(documents, query.document), bisect_right(documents, query.document)
+        for key in keys[begin:end]:
+            for block in visible_blocks((query.start, query.stop), (key.start, key.stop), mask):
+                q, k = _shift(block.q, query.offset - query.start), _shift(block.k, key.offset - key.start)
+                _add(tasks, Block(q, k, block.kind))
+    return _Pair(tuple(tasks), _union([task.k for task in tasks]), _union([task.q for task in tasks]))
 
 
-def _size(spans: Sequence[Span]) -> int:
-    return sum(stop - start for start, stop in spans)
+def _add(tasks: list[Block], task: Block) -> None:
+    """Neighbouring rectangles become one call: along the keys, or along the queries."""
+    last = tasks[-1] if tasks else None
+    if last and last.kind == task.kind == "full":
+        if last.q == task.q and last.k[1] == task.k[0]:
+            tasks[-1] = Block(task.q, (last.k[0], task.k[1]), "full")
+            return
+        if last.k == task.k and last.q[1] == task.q[0]:
+            tasks[-1] = Block((last.q[0], task.q[1]), task.k, "full")
+            return
+    tasks.append(task)
+
+
+def _shift(span: Span, by: int) -> Span:
+    return span[0] + by, span[1] + by
+
+
+def _union(spans: Sequence[Span]) -> tuple[Span, ...]:
+    joined: list[Span] = []
+    for start, stop in sorted(spans):
+        if joined and start <= joined[-1][1]:
+            joined[-1] = (joined[-1][0], max(stop, joined[-1][1]))
+        else:
+            joined.append((start, stop))
+    return tuple(joined)
+
+
+def _in_order(transfers: Sequence[Transfer]) -> tuple[Transfer, ...]:
+    return tuple(sorted(transfers, key=lambda t: (t.posted, t.step, t.cargo, t.owner)))

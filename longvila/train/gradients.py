@@ -20,7 +20,7 @@ from longvila.config import ParallelConfig
 from longvila.model.loss import IGNORE
 from longvila.model.vlm import LongVilaConfig, LongVilaModel
 from longvila.parallel.agree import sum_over_world
-from longvila.parallel.batch import frame_share, shard_row
+from longvila.parallel.batch import frame_share, shard_row, shift_labels
 from longvila.parallel.fold import make_fold
 from longvila.parallel.launch import run_ranks
 from longvila.parallel.layout import LAYOUTS
@@ -130,11 +130,6 @@ def make_row(documents: tuple[Document, ...], tokens_per_frame: int, size: int, 
         lengths=tuple(len(one) for one in ids),
         frames=torch.randint(0, 256, (num_frames, 3, size, size), generator=generator, dtype=torch.uint8),
     )
-
-
-def shift_labels(labels: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    """The target after each token, inside each document; must happen before a row is cut."""
-    return torch.cat([F.pad(one[1:], (0, 1), value=IGNORE) for one in labels.split(list(lengths))])
 
 
 def reference(model: LongVilaModel, rows: list[WholeRow]) -> tuple[float, dict[str, Tensor]]:

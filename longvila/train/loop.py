@@ -140,7 +140,7 @@ def _start(config: StageConfig, run: Path, fold: Fold, device: torch.device) -> 
     prepare(model, config)
     model.to(device)  # type: ignore[arg-type]
     model.train()
-    apply_folds(model, fold, config.precision, config.recompute)
+    apply_folds(model, fold, config.precision, config.recompute, config.recompute_keeps)
     optimizer = make_optimizer(model, config.optimizer)
     if dist.get_rank() == 0:
         log.info("%s trains %s", config.name, describe_parameters(model))

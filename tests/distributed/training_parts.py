@@ -6,11 +6,11 @@ import torch
 
 from longvila.apply import apply_folds
 from longvila.config import PARTS, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, Phase, StageConfig
-from longvila.parallel.batch import frame_share
+from longvila.parallel.batch import frame_share, shift_labels
 from longvila.parallel.fold import make_fold
 from longvila.shards.bad import BadSamples
 from longvila.shards.rows import Row
-from longvila.train.gradients import MIXED, TEXT, VIDEO, make_model, make_row, shift_labels
+from longvila.train.gradients import MIXED, TEXT, VIDEO, make_model, make_row
 from longvila.train.loop import TrainingState
 from longvila.train.optimizer import choose_trained, make_optimizer
 

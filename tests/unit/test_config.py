@@ -44,7 +44,7 @@ def test_a_configuration_survives_json():
         ("phases.0.data.frames.mode=uniform", "uniform"),
         ("optimizer.betas=[0.9, 0.99]", (0.9, 0.99)),
         ("phases.0.rope_theta=null", None),
-        ("recompute=true", True),
+        ("recompute=save_attention", "save_attention"),
         ("starts_from=1_alignment", "1_alignment"),
     ],
 )

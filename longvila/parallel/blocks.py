@@ -1,0 +1,86 @@
+"""Cuts "who sees whom" into blocks that every attention kernel knows: rectangles and causal squares. Pure integers.
+
+A block of queries x keys is one of three kinds:
+
+- `full`: every query sees every key;
+- `causal`: a square; query i sees keys 0..i;
+- `edge`: a square; query i sees keys i..n-1. It is where a sliding window lets go of its oldest keys. With queries and
+  keys both in reverse order it is a causal square, so that no kernel needs to know about windows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+Span = tuple[int, int]
+Kind = Literal["full", "causal", "edge"]
+
+
+class Mask(NamedTuple):
+    """Which keys of its document a query sees."""
+
+    causal: bool = True
+    """Keys up to its own; otherwise all (encoders)."""
+    window: int | None = None
+    """Only the last `window` keys up to its own, itself among them (as transformers counts); causal only."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One kernel call: queries `q` against keys `k`."""
+
+    q: Span
+    k: Span
+    kind: Kind
+
+    @property
+    def work(self) -> int:
+        """Query-key pairs computed."""
+        rows, columns = self.q[1] - self.q[0], self.k[1] - self.k[0]
+        return rows * columns if self.kind == "full" else rows * (rows + 1) // 2
+
+
+def visible_blocks(q: Span, k: Span, mask: Mask) -> list[Block]:
+    """The blocks of what queries `q` see of keys `k`.
+
+    Args:
+        q, k: positions in one document; they are the same span, or do not overlap.
+        mask: which keys a query sees.
+
+    Returns:
+        Blocks in positions. Each visible pair is in exactly one of them, no other pair is in any.
+    """
+    if not mask.causal:
+        return [Block(q, k, "full")]
+    if k[0] >= q[1]:
+        return []
+    if k != q:
+        return _before(q, k, mask.window)
+    if mask.window is None:
+        return [Block(q, q, "causal")]
+    blocks = []
+    for start in range(q[0], q[1], mask.window):  # inside such a piece the window hides nothing
+        piece = (start, min(start + mask.window, q[1]))
+        blocks += [*_before(piece, (q[0], start), mask.window), Block(piece, piece, "causal")]
+    return blocks
+
+
+def _before(q: Span, k: Span, window: int | None) -> list[Block]:
+    """Keys that all lie before all queries: only the window's far end can cut."""
+    if k[0] == k[1]:
+        return []
+    if window is None:
+        return [Block(q, k, "full")]
+    blocks = []
+    # Query x sees keys from x - window + 1 on.
+    sees_all = min(q[1], k[0] + window)
+    if sees_all > q[0]:
+        blocks.append(Block((q[0], sees_all), k, "full"))
+    start, stop = max(q[0], k[0] + window), min(q[1], k[1] + window - 1)
+    if start < stop:
+        rest = stop - window + 1
+        blocks.append(Block((start, stop), (start - window + 1, rest), "edge"))
+        if rest < k[1]:
+            blocks.append(Block((start, stop), (rest, k[1]), "full"))
+    return blocks

@@ -1,0 +1,195 @@
+"""Language models of transformers, unmodified, under a fold: loss and every gradient equal one process."""
+
+import functools
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import transformers
+
+from longvila.apply import apply_folds
+from longvila.config import ParallelConfig
+from longvila.errors import ConfigError
+from longvila.parallel.agree import sum_over_world
+from longvila.parallel.batch import shard_batch, shift_labels
+from longvila.parallel.blocks import Mask
+from longvila.parallel.fold import make_fold
+from longvila.parallel.launch import RankError, run_ranks
+from longvila.parallel.traffic import counting
+
+from .attention_parts import dense_mask
+
+LENGTHS = (5, 1, 23, 2, 14)
+SHAPE = {
+    "vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "attention_dropout": 0.0,
+}  # fmt: skip
+MIXTURE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "output_router_logits": False}
+LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
+MODELS = {
+    "qwen3": functools.partial(transformers.Qwen3Config, **SHAPE),
+    "llama": functools.partial(transformers.LlamaConfig, **SHAPE),
+    "mistral": functools.partial(transformers.MistralConfig, **SHAPE, sliding_window=6),
+    "gemma3": functools.partial(
+        transformers.Gemma3TextConfig, **SHAPE, sliding_window=5, layer_types=LAYERS, query_pre_attn_scalar=8
+    ),
+    "qwen3_moe": functools.partial(transformers.Qwen3MoeConfig, **SHAPE, **MIXTURE),
+}
+
+
+def make(name):
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(MODELS[name]()).double().train()
+    model.set_experts_implementation("eager")  # the default, a grouped product, takes no fp64
+    return model
+
+
+def make_row():
+    ids = torch.randint(1, 50, (sum(LENGTHS),), generator=torch.Generator().manual_seed(1))
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])
+    return ids, shift_labels(ids, LENGTHS), positions
+
+
+def reference(model):
+    """Loss and gradients on one process, under dense masks that are built here."""
+    ids, labels, positions = make_row()
+    window = getattr(model.config, "sliding_window", None)
+    full, sliding = (dense_mask(LENGTHS, Mask(window=w))[None, None] for w in (None, window))
+    if model.config.model_type == "gemma3_text":
+        mask = {"full_attention": full, "sliding_attention": sliding}
+    else:
+        mask = sliding if window else full
+    model.set_attn_implementation("sdpa")  # eager attention takes its softmax in fp32
+    logits = model(ids[None], position_ids=positions[None], attention_mask=mask, use_cache=False).logits[0]
+    total = int((labels != -100).sum())
+    loss = F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum") / total
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def errors(name, parallel, recompute="none", keeps=None):
+    """max |difference| / max |reference| of the loss and each gradient; and what one step counted on this rank."""
+    expected_loss, expected = reference(make(name))
+    fold = make_fold(parallel, "cpu")
+    model = make(name)
+    apply_folds(model, fold, recompute=recompute, recompute_keeps=keeps)
+    ids, labels, positions = make_row()
+    batch = shard_batch(
+        LENGTHS, fold, parallel.layout, parallel.routing, input_ids=ids, labels=labels, position_ids=positions
+    )
+    total = int((labels != -100).sum())
+    with counting() as counter:
+        # The model's own loss, in fp32, is of the same tokens; what is compared in fp64 is taken from the logits.
+        out = model(**batch, shift_labels=batch["labels"], num_items_in_batch=total, use_cache=False)
+        loss = F.cross_entropy(out.logits[0], batch["labels"][0], ignore_index=-100, reduction="sum") / total
+        loss.backward()
+    assert abs(out.loss.item() - loss.item()) < 1e-5
+    found = {"loss": abs(sum_over_world(loss.item())[0] - expected_loss) / expected_loss}
+    for key, parameter in model.named_parameters():
+        whole = parameter.grad.full_tensor()
+        found[key] = ((whole - expected[key]).abs().max() / expected[key].abs().max()).item()
+    return found, counter
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        ParallelConfig(head=2),
+        ParallelConfig(inner=2),
+        ParallelConfig(inner=2, outer=2, routing="relay"),
+        ParallelConfig(head=4),
+        ParallelConfig(inner=4, layout="lightseq"),
+    ],
+    ids=str,
+)
+def test_loss_and_every_gradient_equal_one_process(name, parallel):
+    found, _ = run_ranks(errors, parallel.sequence, name, parallel)[0]
+    assert len(found) > 20
+    # Gemma 3 takes its norms, and so the sums over tokens of their gradients, in fp32 whatever the weights are.
+    rounded = {key for key in found if name == "gemma3" and "norm" in key}
+    assert max(found[key] for key in rounded) < 1e-6 if rounded else True
+    exact = {key: error for key, error in found.items() if key not in rounded}
+    assert max(exact.values()) < 1e-11, max(exact, key=exact.get)
+
+
+@pytest.mark.parametrize("parallel", [ParallelConfig(inner=2), ParallelConfig(head=2)], ids=str)
+@pytest.mark.parametrize(
+    ("policy", "keeps", "forwards"),
+    [("none", None, 1), ("all", None, 2), ("save_attention", None, 1), ("offload_attention", None, 1),
+     ("save_attention", (0, 2), 4 / 3)],
+)  # fmt: skip
+def test_what_is_kept_is_not_computed_or_sent_again(parallel, policy, keeps, forwards):
+    (found, counted), (_, plain) = (
+        run_ranks(errors, 2, "qwen3", parallel, *arguments)[0] for arguments in ((policy, keeps), ("none", None))
+    )
+    assert max(found.values()) < 1e-11
+    assert counted["kernel forward"] == forwards * plain["kernel forward"]
+    assert counted["kernel backward"] == plain["kernel backward"] > 0
+    for name in ("bytes heads", "bytes keys inner"):
+        # The backward's own transfers are there in every policy; only those of the forward can be repeated.
+        again = counted[name] - plain[name]
+        assert (again == 0) == (forwards == 1 or plain[name] == 0)
+
+
+def refuse(name, **changes):
+    fold = make_fold(ParallelConfig(), "cpu")
+    torch.manual_seed(0)
+    config = MODELS[name]() if name in MODELS else name()
+    for key, value in changes.items():
+        setattr(config, key, value)
+    model = transformers.AutoModelForCausalLM.from_config(config).train()
+    apply_folds(model, fold, shard=False)
+    ids, _, positions = make_row()
+    model(**shard_batch(LENGTHS, fold, input_ids=ids, position_ids=positions))
+
+
+def gpt_oss():
+    return transformers.GptOssConfig(**SHAPE, num_local_experts=2, num_experts_per_tok=1, layer_types=LAYERS)
+
+
+def gemma2():
+    return transformers.Gemma2Config(**SHAPE, layer_types=LAYERS)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "words"),
+    [
+        ("qwen3", {"attention_dropout": 0.1}, "dropout 0.1; set attention_dropout=0"),
+        (gpt_oss, {}, "s_aux"),
+        (gemma2, {}, "softcap"),
+    ],
+)
+def test_what_is_not_exact_is_refused_by_name(name, changes, words):
+    with pytest.raises(RankError, match=words):
+        run_ranks(functools.partial(refuse, **changes), 1, name)
+
+
+def differ(lengths_of_rank, tokens):
+    fold = make_fold(ParallelConfig(inner=2), "cpu")
+    shard_batch(lengths_of_rank[dist.get_rank()], fold, input_ids=torch.zeros(tokens, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "words"),
+    [
+        (((4, 4), (8,)), ["rank 0 has 8 tokens in 2 documents, rank 1 has 8 in 1", "rank 1 has 8 tokens in 1 docu"]),
+        (((8,), (9,)), ["rank 1 of the sequence group refused", "9 tokens in all, but 8 input_ids"]),
+        (((4, 0, 4), (8,)), ["document 1 of the row has 0 tokens", "rank 0 of the sequence group refused"]),
+    ],
+)
+def test_ranks_that_disagree_all_hear_of_it(lengths, words):
+    with pytest.raises(RankError) as caught:
+        run_ranks(differ, 2, lengths, 8, timeout=20)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_unknown_policies_are_refused():
+    from longvila.parallel.recompute import checkpoint_arguments
+
+    with pytest.raises(ConfigError, match="no recompute policy 'some'"):
+        checkpoint_arguments("some")
+    with pytest.raises(ConfigError, match=r"keeps no layer's attention, but \[1\]"):
+        checkpoint_arguments("all", (1,))
