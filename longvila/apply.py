@@ -13,7 +13,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
 from longvila.config import RecomputeName
 from longvila.errors import ConfigError
@@ -21,6 +21,7 @@ from longvila.parallel.attention import FoldedPlan
 from longvila.parallel.blocks import Mask
 from longvila.parallel.fold import Fold
 from longvila.parallel.recompute import checkpoint_arguments
+from longvila.parallel.replay import ModelAttention, Shape
 
 ATTENTION = "longvila"
 
@@ -117,6 +118,16 @@ def _shard_parameters(model: nn.Module, fold: Fold, precision: str) -> None:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def attention_of(config: PreTrainedConfig) -> ModelAttention:
+    """Heads and masks of a language model, from its configuration: what the layout `auto` goes by."""
+    heads, kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    masks = tuple(Mask(window=window if kind == "sliding_attention" else None) for kind in kinds)
+    return ModelAttention(Shape(heads, kv_heads or heads, head_dim), masks)
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:

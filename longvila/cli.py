@@ -31,6 +31,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+benches = typer.Typer(
+    help="Measure what is promised: tables, JSON, and bars that fail the command where missed.", no_args_is_help=True
+)
+app.add_typer(benches, name="bench")
 output = Console(soft_wrap=True)
 errors = Console(stderr=True, soft_wrap=True)
 
@@ -88,7 +92,7 @@ Run = Annotated[Path, typer.Option(help="The run's folder, e.g. runs/demo.")]
 Checkpoint = Annotated[Path, typer.Option(help="A model folder: runs/NAME/STAGE/model, or a copy of one.")]
 
 
-def verb(function: Callable[..., None]) -> Callable[..., None]:
+def verb(function: Callable[..., None], of: typer.Typer = app) -> Callable[..., None]:
     """Makes `function` a verb of the command line, with `--traceback` and errors in one line."""
 
     @functools.wraps(function)
@@ -107,7 +111,7 @@ def verb(function: Callable[..., None]) -> Callable[..., None]:
     ]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    app.command(function.__name__.rstrip("_"))(run)
+    of.command(function.__name__.rstrip("_"))(run)
     return run
 
 
@@ -246,8 +250,21 @@ def gradients(
     figures = check()
     error, bound = figures["max_error"], figures["bound"]
     figures["bars"] = [{"name": "gradient_max_error", "value": error, "bound": bound, "holds": error <= bound}]
-    json_.parent.mkdir(parents=True, exist_ok=True)
-    json_.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    _write_figures(figures, json_)
+    _print_bars(figures)
+
+
+@functools.partial(verb, of=benches)
+def attention(
+    json_: Annotated[Path | None, typer.Option("--json", help="The file to write.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Under a minute: fewer packs, layouts and repeats.")] = False,
+) -> None:
+    """The attention engine: exactness, balance, bytes, time, checkpointing policies, and peers in the same run."""
+    from longvila.bench.attention import run
+
+    figures = run(quick, _print_table)
+    if json_ is not None:
+        _write_figures(figures, json_)
     _print_bars(figures)
 
 
@@ -275,6 +292,23 @@ def _answerer(checkpoint: Path) -> Any:
     model, tokenizer = load_model(checkpoint)
     torch.nn.Module.to(model, device)  # transformers wraps `model.to` in a way that a type checker misreads
     return Answerer(model, tokenizer)
+
+
+def _write_figures(figures: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+def _print_table(title: str, rows: list[dict[str, Any]], note: str = "") -> None:
+    """Rows of one shape, a column for each key."""
+    from rich.table import Table
+
+    table = Table(title=f"{title}: {note}" if note else title, title_justify="left", box=None, header_style="bold")
+    for name in rows[0]:
+        table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
+    for row in rows:
+        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
+    output.print(table)
 
 
 def _print_bars(figures: dict[str, Any]) -> None:

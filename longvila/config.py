@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from longvila.errors import ConfigError
 
-LayoutName = Literal["contiguous", "zigzag", "document_zigzag", "lightseq"]
+LayoutName = Literal["contiguous", "zigzag", "document_zigzag", "lightseq", "joint", "auto"]
 RoutingName = Literal["direct", "relay"]
 RecomputeName = Literal["none", "all", "save_attention", "offload_attention"]
 PlacementName = Literal["head_first", "context_first"]
@@ -108,7 +108,7 @@ class ParallelConfig:
     outer: int = 1
     """Windows of the outer ring (LoongTrain's double ring). Tokens are split over inner x outer."""
     layout: LayoutName = "document_zigzag"
-    """Which tokens each rank owns (`longvila/parallel/layout.py`)."""
+    """Which tokens each rank owns (`longvila/parallel/layout.py`); `auto` picks by predicted cost, row by row."""
     routing: RoutingName = "direct"
     """How keys travel: straight to whom they serve, or passed on round a ring or double ring."""
     placement: PlacementName = "head_first"

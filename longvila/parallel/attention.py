@@ -32,7 +32,7 @@ from longvila.parallel.exchange import all_to_all
 from longvila.parallel.fold import Fold, Links
 from longvila.parallel.kernel import block_backward, block_forward
 from longvila.parallel.plan import Cargo, Plan, Program, Transfer
-from longvila.parallel.traffic import count
+from longvila.parallel.traffic import count, timed
 
 _handles = itertools.count()
 _by_handle: weakref.WeakValueDictionary[int, FoldedPlan] = weakref.WeakValueDictionary()
@@ -168,10 +168,13 @@ def _context_attention(
             else:
                 (queries,), (keys, values) = held["queries", step.owner], (k, v)
                 out, lse = answers.open(step.owner, _no_answer(queries))
-            for task in step.tasks:
-                rows, columns = slice(*task.q), slice(*task.k)
-                block = block_forward(queries[:, :, rows], keys[:, :, columns], values[:, :, columns], task.kind, scale)
-                _merge(out[:, :, rows], lse[:, :, rows], *block)
+            with timed(f"ns step {index}"):
+                for task in step.tasks:
+                    rows, columns = slice(*task.q), slice(*task.k)
+                    block = block_forward(
+                        queries[:, :, rows], keys[:, :, columns], values[:, :, columns], task.kind, scale
+                    )
+                    _merge(out[:, :, rows], lse[:, :, rows], *block)
         answers.move(index)
     fetches.finish()
     answers.finish()
@@ -211,13 +214,14 @@ def _context_attention_backward(
                 (dqueries,) = query_returns.open(step.owner, (_zeros(queries, lse.dtype),))
             elif step.owner != program.rank or key_returns.travels:
                 dkeys, dvalues = key_returns.open(step.owner, (_zeros(keys, lse.dtype), _zeros(values, lse.dtype)))
-            for task in step.tasks:
-                rows, columns = slice(*task.q), slice(*task.k)
-                block = block_backward(
-                    grads[:, :, rows], queries[:, :, rows], keys[:, :, columns], values[:, :, columns],
-                    outs[:, :, rows], lses[:, :, rows], task.kind, scale,
-                )  # fmt: skip
-                absorb((dqueries[:, :, rows], dkeys[:, :, columns], dvalues[:, :, columns]), block)
+            with timed(f"ns backward step {index}"):
+                for task in step.tasks:
+                    rows, columns = slice(*task.q), slice(*task.k)
+                    block = block_backward(
+                        grads[:, :, rows], queries[:, :, rows], keys[:, :, columns], values[:, :, columns],
+                        outs[:, :, rows], lses[:, :, rows], task.kind, scale,
+                    )  # fmt: skip
+                    absorb((dqueries[:, :, rows], dkeys[:, :, columns], dvalues[:, :, columns]), block)
         key_returns.move(index)
         query_returns.move(index)
     fetches.finish()

@@ -7,6 +7,7 @@ differentiable all-to-all; nothing is gathered whole.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,12 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longvila.config import LayoutName, RoutingName
-from longvila.errors import DataError, LongvilaError
+from longvila.errors import ConfigError, DataError, LongvilaError
 from longvila.parallel.agree import check_same_row
 from longvila.parallel.attention import FoldedPlan
 from longvila.parallel.exchange import all_to_all
 from longvila.parallel.fold import Fold
 from longvila.parallel.plan import make_plan
+from longvila.parallel.replay import ModelAttention, choose
+
+log = logging.getLogger(__name__)
+_told: set[tuple[LayoutName, RoutingName]] = set()
 
 
 def shift_labels(labels: Tensor, lengths: Sequence[int], ignore: int = -100) -> Tensor:
@@ -34,6 +39,7 @@ def shard_batch(
     fold: Fold,
     layout: LayoutName = "document_zigzag",
     routing: RoutingName = "direct",
+    attention: ModelAttention | None = None,
     agreed: bool = False,
     **tensors: Tensor,
 ) -> dict[str, Any]:
@@ -43,6 +49,7 @@ def shard_batch(
         lengths: tokens of each document, in row order.
         tensors: (N, ...) each, the same on every rank of the sequence group: `input_ids` or `inputs_embeds`,
             `position_ids` (restarting in each document), shifted `labels`, loss weights.
+        attention: heads and masks of the model (`apply.attention_of`), for the layout `auto`.
         agreed: the ranks of the sequence group have made sure already that they hold the same row; otherwise this is
             collective over them, and checks it.
 
@@ -51,11 +58,13 @@ def shard_batch(
 
     Raises:
         DataError: where lengths and tensors contradict each other, or ranks hold different rows: on every rank.
-        ConfigError: for a layout or routing that does not exist.
+        ConfigError: for a layout or routing that does not exist, or `auto` without `attention`.
     """
     lengths = tuple(lengths)
     plan, error = None, None
     try:
+        if layout == "auto":
+            layout, routing = _choose(lengths, fold, attention)
         plan = make_plan(lengths, fold.inner, fold.outer, fold.num_heads, layout, routing)
         for name, tensor in tensors.items():
             if tensor.shape[0] != sum(lengths):
@@ -70,6 +79,16 @@ def shard_batch(
     mine = torch.tensor(plan.positions(fold.part, fold.head), dtype=torch.long)
     local = {name: tensor[mine.to(tensor.device)].unsqueeze(0) for name, tensor in tensors.items()}
     return {**local, "plan": FoldedPlan(plan, fold)}
+
+
+def _choose(lengths: tuple[int, ...], fold: Fold, attention: ModelAttention | None) -> tuple[LayoutName, RoutingName]:
+    if attention is None:
+        raise ConfigError("layout 'auto' needs the model's heads and masks: attention=attention_of(model)")
+    choice = choose(lengths, fold.inner, fold.outer, fold.num_heads, attention.shape, attention.masks)
+    if fold.sequence_rank == 0 and fold.data_rank == 0 and (choice.layout, choice.routing) not in _told:
+        _told.add((choice.layout, choice.routing))
+        log.info("layout auto: %s %s for a row like this one, %s", choice.layout, choice.routing, choice.reason)
+    return choice.layout, choice.routing
 
 
 @dataclass(frozen=True)
@@ -102,6 +121,7 @@ def shard_row(
     fold: Fold,
     layout: LayoutName,
     routing: RoutingName = "direct",
+    attention: ModelAttention | None = None,
 ) -> LocalRow:
     """Cuts a row that is identical on every rank of the sequence group.
 
@@ -114,7 +134,7 @@ def shard_row(
         DataError: where lengths, tensors and frame places contradict each other.
     """
     tensors = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids, "is_frame": is_frame}
-    local = shard_batch(lengths, fold, layout, routing, agreed=True, **tensors)
+    local = shard_batch(lengths, fold, layout, routing, attention, agreed=True, **tensors)
     folded: FoldedPlan = local["plan"]
     places = is_frame.cpu().nonzero().flatten()
     if places.numel() % tokens_per_frame:

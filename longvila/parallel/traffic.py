@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,15 @@ def counting() -> Iterator[Counter[str]]:
         yield counter
     finally:
         _counters.remove(counter)
+
+
+@contextmanager
+def timed(name: str) -> Iterator[None]:
+    """Adds the CPU nanoseconds of this process while the block runs, if a counter is open."""
+    begin = time.process_time_ns() if _counters else 0
+    yield
+    if _counters:
+        count(name, time.process_time_ns() - begin)
 
 
 def count(name: str, number: int = 1) -> None:

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers import Qwen3Config
 
 from longvila.apply import apply_folds
-from longvila.config import ParallelConfig
+from longvila.config import LayoutName, ParallelConfig, RoutingName
 from longvila.model.loss import IGNORE
 from longvila.model.vlm import LongVilaConfig, LongVilaModel
 from longvila.parallel.agree import sum_over_world
@@ -50,7 +50,7 @@ class Case:
     @property
     def name(self) -> str:
         p = self.parallel
-        return f"{self.world // p.sequence}x{p.outer}x{p.inner}x{p.head} {p.layout}"
+        return f"{self.world // p.sequence}x{p.outer}x{p.inner}x{p.head} {p.layout} {p.routing}"
 
 
 # Frames and text unevenly spread, single-token documents, a document without an answer, a row without any frame, and
@@ -61,12 +61,16 @@ VIDEO = (Document(2, 7, 3, 1),)
 
 
 def cases(world: int) -> list[Case]:
-    """Every factorisation of `world` into data x outer x inner x head, with every layout."""
+    """Every factorisation of `world` into data x outer x inner x head, with every layout, and one relayed."""
     rows = (MIXED, TEXT, VIDEO, MIXED[::-1])
     sizes = [n for n in range(1, world + 1) if world % n == 0]
+    variants: list[tuple[LayoutName, RoutingName]] = [(layout, "direct") for layout in LAYOUTS]
+    variants.append(("document_zigzag", "relay"))
     return [
         Case(
-            ParallelConfig(head, inner, outer, layout),
+            ParallelConfig(
+                head, inner, outer, layout, routing, "context_first" if routing == "relay" else "head_first"
+            ),
             world,
             rows[: world // (head * inner * outer)],
         )
@@ -74,7 +78,7 @@ def cases(world: int) -> list[Case]:
         for inner in sizes
         for outer in sizes
         if world % (head * inner * outer) == 0
-        for layout in LAYOUTS
+        for layout, routing in variants
     ]
 
 
@@ -172,7 +176,7 @@ def folded(case: Case) -> dict[str, float]:
     row = rows[fold.data_rank]
     local = shard_row(
         row.input_ids, shift_labels(row.labels, row.lengths), row.position_ids, row.lengths,
-        row.input_ids == FRAME, tokens_per_frame, fold, case.parallel.layout,
+        row.input_ids == FRAME, tokens_per_frame, fold, case.parallel.layout, case.parallel.routing,
     )  # fmt: skip
     share = frame_share(len(row.frames), fold.sequence_rank, fold.num_sequence)
     output = model(

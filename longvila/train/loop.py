@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
 from longvila import config as configuration
-from longvila.apply import apply_folds
+from longvila.apply import apply_folds, attention_of
 from longvila.config import PARTS, Phase, StageConfig
 from longvila.errors import ConfigError, LongvilaError
 from longvila.model.build import build_model, load_model, save_model
@@ -240,6 +240,8 @@ def forward_row(state: TrainingState, row: Row) -> torch.Tensor:
         model.projector.tokens_per_frame,
         state.fold,
         state.config.parallel.layout,
+        state.config.parallel.routing,
+        attention_of(state.model.language_model.config),
     )
     output = model(
         input_ids=local.input_ids,

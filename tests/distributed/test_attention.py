@@ -2,82 +2,59 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
 
+from longvila.bench.exact import (
+    HEADS,
+    ROWS,
+    SCALE,
+    attention_error,
+    dense_mask,
+    measure,
+    meshes,
+    plans,
+    rank_errors,
+    variants,
+)
 from longvila.config import ParallelConfig
 from longvila.errors import ConfigError
+from longvila.parallel import attention
 from longvila.parallel.attention import FoldedPlan
 from longvila.parallel.blocks import Mask
 from longvila.parallel.fold import make_fold
 from longvila.parallel.launch import RankError, run_ranks
 from longvila.parallel.layout import LAYOUTS
-from longvila.parallel.plan import make_plan
+from longvila.parallel.plan import Plan, make_plan
 
-from .attention_parts import dense_mask
-
-HEADS = [(4, 2), (6, 2), (5, 1), (7, 7)]
-ROWS = [(37,), (5, 1, 23, 2, 9), (1, 1, 1)]
 MASKS = [Mask(), Mask(window=1), Mask(window=3), Mask(window=8), Mask(causal=False)]
-SCALE = 0.3
-
-
-def dense(q, k, v, lengths, mask=MASKS[0]):
-    group = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=dense_mask(lengths, mask), scale=SCALE)
-
-
-def attention_error(fold, plan, heads, mask, dtype):
-    """The largest of max |difference| / max |reference| over out, dq, dk and dv of this rank."""
-    torch.manual_seed(0)
-    shapes = [(1, count, sum(plan.lengths), 16) for count in (heads[0], heads[1], heads[1], heads[0])]
-    q, k, v, grad = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
-    whole = [x.clone().requires_grad_() for x in (q, k, v)]
-    expected = dense(*whole, plan.lengths, mask)
-    expected_grads = torch.autograd.grad(expected, whole, grad)
-    mine = torch.tensor(plan.positions(fold.part, fold.head), dtype=torch.long)
-    local = [x[:, :, mine].to(dtype).requires_grad_() for x in (q, k, v)]
-    out = FoldedPlan(plan, fold).attend(*local, SCALE, mask)
-    grads = torch.autograd.grad(out, local, grad[:, :, mine].to(dtype))
-    pairs = zip((out, *grads), (expected, *expected_grads), strict=True)
-    if not len(mine):
-        return 0.0
-    # With a window of one, gradients of queries and keys are zero: errors below 1 are taken as they are.
-    return max(((a.double() - b[:, :, mine]).abs().max() / b.abs().max().clamp(min=1)).item() for a, b in pairs)
-
-
-def meshes(world):
-    sizes = range(1, world + 1)
-    return [(h, i, o) for h in sizes for i in sizes for o in sizes if h * i * o == world]
-
-
-def plans(fold, rows):
-    for layout, rule in LAYOUTS.items():
-        for routing in ("direct",) if rule.helpers else ("direct", "relay"):
-            for lengths in rows:
-                yield make_plan(lengths, fold.inner, fold.outer, fold.num_heads, layout, routing)
-
-
-def worst_error(world, dtype, masks):
-    worst = 0.0
-    for index, (head, inner, outer) in enumerate(meshes(world)):
-        placement = ("head_first", "context_first")[index % 2]
-        fold = make_fold(ParallelConfig(head, inner, outer, placement=placement), "cpu")
-        for plan in plans(fold, ROWS):
-            for heads in (h for h in HEADS if h[0] >= head):
-                for mask in masks:
-                    worst = max(worst, attention_error(fold, plan, heads, mask, dtype))
-    return worst
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_out_and_gradients_equal_one_process_on_every_mesh(world):
-    assert max(run_ranks(worst_error, world, world, torch.float64, MASKS)) < 1e-12
+    table = measure([world], MASKS if world < 4 else MASKS[:4:3])
+    assert len(table) == len(meshes(world)) * len(variants())
+    worst = max(table, key=lambda one: one.error)
+    assert worst.error < 1e-12, worst
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_lower_precision_stays_within_its_rounding(dtype, bound):
-    assert max(run_ranks(worst_error, 2, 2, dtype, MASKS[:1])) < bound
+def test_fp32_stays_within_its_rounding():
+    for errors in run_ranks(rank_errors, 2, 2, torch.float32, MASKS[:1], ROWS, HEADS):
+        assert max(one.error for one in errors) < 1e-5
+
+
+def bf16_errors():
+    """Errors against fp64 of one kernel call over the whole row, and of a ring of four."""
+    found = []
+    for parallel in (ParallelConfig(), ParallelConfig(inner=4)):
+        fold = make_fold(parallel, "cpu")
+        plan = make_plan((2048,), fold.inner)
+        found.append(attention_error(fold, plan, (4, 2), Mask(), torch.bfloat16))
+    return found
+
+
+def test_bf16_is_as_exact_as_one_kernel_call():
+    alone, folded = (max(errors) for errors in zip(*run_ranks(bf16_errors, 4), strict=True))
+    assert folded <= 1.25 * alone
 
 
 def six_ranks(placement):
@@ -128,3 +105,92 @@ def test_a_fold_that_does_not_divide_the_world_is_refused_on_every_rank():
     with pytest.raises(RankError, match=r"3 ranks .* world of 2") as caught:
         run_ranks(fold_of_three, 2)
     assert str(caught.value).count(ConfigError.__name__ + ":") == 2
+
+
+# Each fault is put in on every rank, and must show in out or in a gradient.
+
+
+def _lose_a_block():
+    real = attention._Fetches._cargo
+    attention._Fetches._cargo = lambda self, transfer: tuple(0 * x for x in real(self, transfer))
+
+
+def _lose_a_gradient():
+    attention._Returns.finish = lambda self: self._mail.finish()
+
+
+def _swap_two_chunks():
+    real = Plan._pair
+    Plan._pair = lambda self, queries, keys, mask: real(self, queries, (keys + 1) % self.parts, mask)
+
+
+def _lse_in_bf16():
+    real = attention._merge
+    attention._merge = lambda out, lse, *block: (real(out, lse, *block), lse.copy_(lse.bfloat16()))
+
+
+def _wrong_scale_in_the_backward():
+    real = attention.block_backward
+    attention.block_backward = lambda *arguments: real(*arguments[:-1], 1.1 * arguments[-1])
+
+
+def _forget_the_windows_edge():
+    real = attention.block_forward
+    attention.block_forward = lambda q, k, v, kind, scale: real(q, k, v, "full" if kind == "edge" else kind, scale)
+
+
+def _wrong_key_head():
+    real = FoldedPlan._scatter_heads
+    FoldedPlan._scatter_heads = lambda self, q, k, v, *rest: real(self, q, k.flip(1), v.flip(1), *rest)
+
+
+FAULTS = {
+    _lose_a_block: ParallelConfig(inner=2),
+    _lose_a_gradient: ParallelConfig(inner=2),
+    _swap_two_chunks: ParallelConfig(inner=2),
+    _lse_in_bf16: ParallelConfig(inner=2),
+    _wrong_scale_in_the_backward: ParallelConfig(inner=2),
+    _forget_the_windows_edge: ParallelConfig(inner=2),
+    _wrong_key_head: ParallelConfig(head=2),
+}
+
+
+def error_with(fault, parallel):
+    fold = make_fold(parallel, "cpu")
+    plan = make_plan(ROWS[1], fold.inner, fold.outer, fold.num_heads)
+    assert attention_error(fold, plan, (4, 2), Mask(window=8), torch.float64) < 1e-12
+    fault()
+    return attention_error(fold, Plan(*plan.identity), (4, 2), Mask(window=8), torch.float64)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_seen(fault):
+    assert max(run_ranks(error_with, 2, fault, FAULTS[fault])) > 1e-4
+
+
+def changed(fold, plan, tokens, mask, moved):
+    """For each row position, whether its output changes when the token `moved` does."""
+    mine = torch.tensor(plan.positions(fold.part, fold.head), dtype=torch.long)
+    other = tokens.clone()
+    other[:, :, moved] += 1
+    outs = [FoldedPlan(plan, fold).attend(*(x[:, :, mine] for _ in range(3)), SCALE, mask) for x in (tokens, other)]
+    result = torch.zeros(sum(plan.lengths), dtype=torch.int64)
+    result[mine] = (outs[0] != outs[1]).any(-1).any(1)[0].long()
+    dist.all_reduce(result)
+    return result > 0
+
+
+def probe(layout):
+    """Changing one token changes exactly the outputs that may see it."""
+    fold = make_fold(ParallelConfig(inner=3, layout=layout), "cpu")
+    torch.manual_seed(0)
+    tokens = torch.randn(1, 2, sum(ROWS[1]), 8, dtype=torch.float64)
+    for mask in MASKS:
+        plan = make_plan(ROWS[1], fold.inner, fold.outer, 1, layout)
+        for moved in (0, 5, 6, 17, 28, 39):
+            assert torch.equal(changed(fold, plan, tokens, mask, moved), dense_mask(ROWS[1], mask)[:, moved])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_token_moves_exactly_the_outputs_that_may_see_it(layout):
+    run_ranks(probe, 3, layout)

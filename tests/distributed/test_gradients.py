@@ -23,7 +23,7 @@ def test_every_mesh_and_layout_gives_the_gradients_of_one_process(world):
 
 
 def _lose_gradients(case):
-    def forward_only(x, in_splits, out_splits, group):
+    def forward_only(x, in_splits, out_splits, group, what):
         out = x.new_empty((sum(out_splits), *x.shape[1:]))
         dist.all_to_all_single(out, x.detach().contiguous(), out_splits, in_splits, group=group)
         return out + 0 * x.sum()
@@ -33,19 +33,24 @@ def _lose_gradients(case):
 
 
 def _wrong_backward_splits(case):
-    class Swapped(exchange._AllToAll):
+    class Flipped(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, in_splits, out_splits, *rest):
+            ctx.arguments = (out_splits, in_splits, *rest)
+            return exchange.all_to_all(x, in_splits, out_splits, *rest)
+
         @staticmethod
         def backward(ctx, grad):
-            return exchange._AllToAll.apply(grad.flip(0), *ctx.arguments), None, None, None
+            return exchange.all_to_all(grad.flip(0), *ctx.arguments), None, None, None, None
 
-    batch.all_to_all = lambda x, i, o, g: Swapped.apply(x, list(i), list(o), g)
+    batch.all_to_all = Flipped.apply
     return folded(case)
 
 
 def _shift_labels_late(case):
-    def shard_then_shift(ids, labels, positions, lengths, is_frame, tokens, fold, layout):
+    def shard_then_shift(ids, labels, positions, lengths, is_frame, tokens, fold, *rest):
         unshifted = torch.cat([one.roll(1) for one in labels.split(list(lengths))])
-        local = _shard_row(ids, unshifted, positions, lengths, is_frame, tokens, fold, layout)
+        local = _shard_row(ids, unshifted, positions, lengths, is_frame, tokens, fold, *rest)
         local.labels.copy_(local.labels.roll(-1, dims=1))
         return local
 

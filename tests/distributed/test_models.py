@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import transformers
 
 from longvila.apply import apply_folds
+from longvila.bench.exact import dense_mask
 from longvila.config import ParallelConfig
 from longvila.errors import ConfigError
 from longvila.parallel.agree import sum_over_world
@@ -17,8 +18,6 @@ from longvila.parallel.blocks import Mask
 from longvila.parallel.fold import make_fold
 from longvila.parallel.launch import RankError, run_ranks
 from longvila.parallel.traffic import counting
-
-from .attention_parts import dense_mask
 
 LENGTHS = (5, 1, 23, 2, 14)
 SHAPE = {

@@ -1,0 +1,113 @@
+"""Attention over folds against a dense mask on one process: largest error of out, dq, dk and dv."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from longvila.config import LayoutName, ParallelConfig, RoutingName
+from longvila.parallel.attention import FoldedPlan
+from longvila.parallel.blocks import Mask
+from longvila.parallel.fold import Fold, make_fold
+from longvila.parallel.launch import run_ranks
+from longvila.parallel.layout import LAYOUTS
+from longvila.parallel.plan import Plan, make_plan
+
+SCALE = 0.3
+HEADS = ((4, 2), (6, 2), (5, 1), (7, 7))
+"""Query and key/value heads; among them counts that no head axis divides."""
+ROWS = ((37,), (5, 1, 23, 2, 9), (1, 1, 1))
+"""Documents that nothing divides, of a single token, fewer tokens than ranks."""
+
+
+@dataclass(frozen=True)
+class Error:
+    """The largest error over one fold and layout."""
+
+    fold: str
+    layout: str
+    error: float
+
+
+def dense_mask(lengths: Sequence[int], mask: Mask) -> Tensor:
+    """bool (N, N): whether the query of a row sees the key of a column."""
+    document = torch.repeat_interleave(torch.tensor(lengths))
+    visible = document[:, None] == document[None]
+    if mask.causal:
+        visible = visible.tril()
+    if mask.window is not None:
+        visible = visible.triu(1 - mask.window)
+    return visible
+
+
+def attention_error(fold: Fold, plan: Plan, heads: tuple[int, int], mask: Mask, dtype: torch.dtype) -> float:
+    """The largest of max |difference| / max |reference| over out, dq, dk and dv of this rank, in `dtype` against fp64.
+
+    References below 1 count as 1: with a window of one, gradients of queries and keys are zero.
+    """
+    torch.manual_seed(0)
+    shapes = [(1, count, sum(plan.lengths), 16) for count in (heads[0], heads[1], heads[1], heads[0])]
+    q, k, v, grad = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
+    whole = [x.clone().requires_grad_() for x in (q, k, v)]
+    group = heads[0] // heads[1]
+    keys, values = whole[1].repeat_interleave(group, 1), whole[2].repeat_interleave(group, 1)
+    visible = dense_mask(plan.lengths, mask)
+    expected = F.scaled_dot_product_attention(whole[0], keys, values, attn_mask=visible, scale=SCALE)
+    expected_grads = torch.autograd.grad(expected, whole, grad)
+    mine = torch.tensor(plan.positions(fold.part, fold.head), dtype=torch.long)
+    local = [x[:, :, mine].to(dtype).requires_grad_() for x in (q, k, v)]
+    out = FoldedPlan(plan, fold).attend(*local, SCALE, mask)
+    grads = torch.autograd.grad(out, local, grad[:, :, mine].to(dtype))
+    pairs = zip((out, *grads), (expected, *expected_grads), strict=True)
+    if not len(mine):
+        return 0.0
+    return max(((a.double() - b[:, :, mine]).abs().max() / b.abs().max().clamp(min=1)).item() for a, b in pairs)
+
+
+def meshes(world: int) -> list[tuple[int, int, int]]:
+    """Every (head, inner, outer) of `world` ranks."""
+    sizes = [n for n in range(1, world + 1) if world % n == 0]
+    return [(h, i, o) for h in sizes for i in sizes for o in sizes if h * i * o == world]
+
+
+def variants() -> list[tuple[LayoutName, RoutingName]]:
+    """Every layout with every routing that can carry it."""
+    direct: list[tuple[LayoutName, RoutingName]] = [(layout, "direct") for layout in LAYOUTS]
+    return direct + [(layout, "relay") for layout, rule in LAYOUTS.items() if not rule.helpers]
+
+
+def plans(fold: Fold, rows: Sequence[tuple[int, ...]]) -> Iterator[Plan]:
+    """Plans of every variant for every row."""
+    for layout, routing in variants():
+        for lengths in rows:
+            yield make_plan(lengths, fold.inner, fold.outer, fold.num_heads, layout, routing)
+
+
+def rank_errors(
+    world: int, dtype: torch.dtype, masks: Sequence[Mask], rows: Sequence[tuple[int, ...]], heads: Sequence
+) -> list[Error]:
+    """On one rank of a world: the largest error of each mesh and variant. Placements take turns over the meshes."""
+    found: dict[tuple[str, str], float] = {}
+    for index, (head, inner, outer) in enumerate(meshes(world)):
+        placement = "context_first" if index % 2 else "head_first"
+        fold = make_fold(ParallelConfig(head, inner, outer, placement=placement), "cpu")
+        for plan in plans(fold, rows):
+            key = (f"{outer}x{inner}x{head} {placement}", f"{plan.layout} {plan.routing}")
+            for counts in (counts for counts in heads if counts[0] >= head):
+                for mask in masks:
+                    found[key] = max(found.get(key, 0.0), attention_error(fold, plan, counts, mask, dtype))
+    return [Error(*key, error) for key, error in found.items()]
+
+
+def measure(worlds: Sequence[int], masks: Sequence[Mask], rows=ROWS, heads=HEADS) -> list[Error]:
+    """fp64, every factorisation and variant of each world size: the largest error over its ranks."""
+    table = []
+    for world in worlds:
+        by_rank = run_ranks(rank_errors, world, world, torch.float64, masks, rows, heads, timeout=600)
+        for errors in zip(*by_rank, strict=True):
+            table.append(Error(errors[0].fold, errors[0].layout, max(one.error for one in errors)))
+    return table
