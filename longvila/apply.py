@@ -24,6 +24,7 @@ from longvila.parallel.recompute import checkpoint_arguments
 from longvila.parallel.replay import ModelAttention, Shape
 
 ATTENTION = "longvila"
+_NUMBER = "longvila_layer"
 
 # What transformers passes to attention functions and what does not change the result here: positions are already in
 # q and k, caches are off in training, router logits and the keywords of the loss are a matter of the model's output.
@@ -68,7 +69,7 @@ def folded_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     # A window as long as the longest document hides nothing: one mask for both spares planning twice.
     window = sliding_window if sliding_window is not None and sliding_window < max(plan.plan.lengths) else None
-    layer = getattr(module, "layer_idx", -1)
+    layer = getattr(module, _NUMBER, -1)
     out = plan.attend(query, key, value, scale, Mask(causal, window), layer)
     return out.transpose(1, 2).contiguous(), None
 
@@ -95,6 +96,11 @@ def apply_folds(
     """
     language_model = getattr(model, "language_model", model)
     language_model.set_attn_implementation(ATTENTION)
+    if recompute_keeps is not None:
+        # Only then do layers need numbers; they would cost `torch.compile` a graph for each.
+        for module in language_model.modules():
+            if hasattr(module, "layer_idx"):
+                setattr(module, _NUMBER, module.layer_idx)
     if recompute != "none":
         # transformers 5.24 renamed it; earlier ones have the old name alone.
         new_name = getattr(language_model, "activation_checkpointing_enable", None)

@@ -238,7 +238,8 @@ def _(grad_out, q, k, v, out, lse, handle, scale, causal, window):
 def _setup(ctx, inputs, output) -> None:
     q, k, v, ctx.handle, ctx.scale, ctx.causal, ctx.window, _ = inputs
     ctx.save_for_backward(q, k, v, *output)
-    ctx.folded = _by_handle.get(ctx.handle)  # keeps the plan alive until the backward
+    if isinstance(ctx.handle, int):  # a number of a traced graph is none; there the caller's batch keeps the plan alive
+        ctx.folded = _by_handle.get(ctx.handle)
     ctx.mark_non_differentiable(output[1])
 
 

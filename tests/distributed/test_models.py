@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from longvila.apply import apply_folds
 from longvila.bench.exact import dense_mask
@@ -192,3 +193,36 @@ def test_unknown_policies_are_refused():
         checkpoint_arguments("some")
     with pytest.raises(ConfigError, match=r"keeps no layer's attention, but \[1\]"):
         checkpoint_arguments("all", (1,))
+
+
+def compiled_errors(parallel):
+    """Differences between compiled and plain layers, and how many graphs were made, over rows of one length and other documents."""
+    fold = make_fold(parallel, "cpu")
+    model = make("qwen3")
+    apply_folds(model, fold, shard=False)
+    counter = CompileCounterWithBackend("aot_eager")
+    plain = list(model.model.layers)
+    compiled = [torch.compile(layer, backend=counter, fullgraph=True) for layer in plain]
+    found = []
+    for lengths in ((5, 1, 22, 16), (30, 14), (44,), (20, 24), (11, 33), (7, 37)):
+        ids = torch.arange(44)
+        positions = torch.cat([torch.arange(length) for length in lengths])
+        batch = shard_batch(lengths, fold, input_ids=ids, position_ids=positions)
+        results = []
+        for layers in (plain, compiled):
+            model.model.layers = torch.nn.ModuleList(layers)
+            model.zero_grad()
+            logits = model(**batch, use_cache=False).logits
+            logits.square().sum().backward()
+            results.append([logits.detach(), *(p.grad.clone() for p in model.parameters())])
+        difference = max((a - b).abs().max().item() for a, b in zip(*results, strict=True))
+        found.append((difference, counter.frame_count))
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # the tracer looks at every attribute
+@pytest.mark.parametrize("parallel", [ParallelConfig(inner=2), ParallelConfig(head=2)], ids=str)
+def test_compiled_layers_are_one_graph_and_new_rows_do_not_compile_again(parallel):
+    found = run_ranks(compiled_errors, 2, parallel)[0]
+    assert max(difference for difference, _ in found) < 1e-12
+    assert found[-1][1] == found[-2][1]
