@@ -10,7 +10,7 @@ import numpy as np
 
 from longvila.config import LayoutName, RoutingName
 from longvila.parallel.blocks import Mask
-from longvila.parallel.layout import LAYOUTS
+from longvila.parallel.choose import LAYOUTS, make_plan
 from longvila.parallel.plan import Plan
 from longvila.parallel.replay import Machine, Shape, predict
 
@@ -67,7 +67,7 @@ def measure(
         for mix in MIXES:
             rows = [pack(mix, seed) for seed in range(seeds)]
             for layout, routing in chosen:
-                measured = [_one(Plan(row, inner, count // inner, 1, layout, routing)) for row in rows]
+                measured = [_one(make_plan.__wrapped__(row, inner, count // inner, 1, layout, routing)) for row in rows]
                 work, makespan, tokens, share = zip(*measured, strict=True)
                 name = layout if routing == "direct" else f"{layout} {routing}"
                 table.append(Balance(name, mix, count, len(rows), max(work), max(makespan), max(tokens), mean(share)))

@@ -12,10 +12,10 @@ from torch import Tensor
 from longvila.config import LayoutName, ParallelConfig, RoutingName
 from longvila.parallel.attention import FoldedPlan
 from longvila.parallel.blocks import Mask
+from longvila.parallel.choose import LAYOUTS, make_plan
 from longvila.parallel.fold import Fold, make_fold
 from longvila.parallel.launch import run_ranks
-from longvila.parallel.layout import LAYOUTS
-from longvila.parallel.plan import Plan, make_plan
+from longvila.parallel.plan import Plan
 
 SCALE = 0.3
 HEADS = ((4, 2), (6, 2), (5, 1), (7, 7))
@@ -80,11 +80,11 @@ def variants() -> list[tuple[LayoutName, RoutingName]]:
     return direct + [(layout, "relay") for layout, rule in LAYOUTS.items() if not rule.helpers]
 
 
-def plans(fold: Fold, rows: Sequence[tuple[int, ...]]) -> Iterator[Plan]:
-    """Plans of every variant for every row."""
+def plans(fold: Fold, rows: Sequence[tuple[int, ...]]) -> Iterator[tuple[str, Plan]]:
+    """The name of each variant, with a plan for each row."""
     for layout, routing in variants():
         for lengths in rows:
-            yield make_plan(lengths, fold.inner, fold.outer, fold.num_heads, layout, routing)
+            yield f"{layout} {routing}", make_plan(lengths, fold.inner, fold.outer, fold.num_heads, layout, routing)
 
 
 def rank_errors(
@@ -95,8 +95,8 @@ def rank_errors(
     for index, (head, inner, outer) in enumerate(meshes(world)):
         placement = "context_first" if index % 2 else "head_first"
         fold = make_fold(ParallelConfig(head, inner, outer, placement=placement), "cpu")
-        for plan in plans(fold, rows):
-            key = (f"{outer}x{inner}x{head} {placement}", f"{plan.layout} {plan.routing}")
+        for name, plan in plans(fold, rows):
+            key = (f"{outer}x{inner}x{head} {placement}", name)
             for counts in (counts for counts in heads if counts[0] >= head):
                 for mask in masks:
                     found[key] = max(found.get(key, 0.0), attention_error(fold, plan, counts, mask, dtype))

@@ -15,9 +15,9 @@ import torch
 
 from longvila.config import LayoutName, ParallelConfig
 from longvila.parallel.attention import FoldedPlan
+from longvila.parallel.choose import make_plan
 from longvila.parallel.fold import make_fold
 from longvila.parallel.launch import run_ranks
-from longvila.parallel.plan import Plan, make_plan
 from longvila.parallel.traffic import counting
 
 HEADS, HEAD_DIM = 2, 64
@@ -74,7 +74,7 @@ def _times(parts: int, tokens: int, repeats: int) -> dict[str, Sequence[Counter[
 
 
 def _critical_work(tokens: int, parts: int, layout: LayoutName) -> int:
-    plan = Plan((tokens,), parts, layout=layout)
+    plan = make_plan((tokens,), parts, layout=layout)
     work: Counter[int] = Counter()
     for part in range(parts):
         for step in plan.program(part).steps:

@@ -10,9 +10,9 @@ import torch
 
 from longvila.config import ParallelConfig
 from longvila.parallel.attention import FoldedPlan
+from longvila.parallel.choose import make_plan
 from longvila.parallel.fold import make_fold
 from longvila.parallel.launch import run_ranks
-from longvila.parallel.plan import Plan, make_plan
 from longvila.parallel.traffic import counting
 
 TOKENS = 480
@@ -134,7 +134,7 @@ def _formula(name: str, parallel: ParallelConfig, lengths: tuple[int, ...]) -> C
 def _needed(parallel: ParallelConfig, lengths: Sequence[int]) -> dict[tuple[int, int], int]:
     """Keys of each rank that any query of each other rank sees, token by token."""
     parts = parallel.inner * parallel.outer
-    plan = Plan(tuple(lengths), parallel.inner, parallel.outer, 1, parallel.layout)
+    plan = make_plan(tuple(lengths), parallel.inner, parallel.outer, 1, parallel.layout)
     owner, document = {}, {}
     for part in range(parts):
         owner.update(dict.fromkeys(plan.positions(part, 0), part))

@@ -20,10 +20,10 @@ from longvila.config import LayoutName, RoutingName
 from longvila.errors import ConfigError, DataError, LongvilaError
 from longvila.parallel.agree import check_same_row
 from longvila.parallel.attention import FoldedPlan
+from longvila.parallel.choose import choose, make_plan
 from longvila.parallel.exchange import all_to_all
 from longvila.parallel.fold import Fold
-from longvila.parallel.plan import make_plan
-from longvila.parallel.replay import ModelAttention, choose
+from longvila.parallel.replay import ModelAttention
 
 log = logging.getLogger(__name__)
 _told: set[tuple[LayoutName, RoutingName]] = set()

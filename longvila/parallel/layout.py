@@ -7,22 +7,10 @@ every token once, and lengths need not divide by anything.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import accumulate
 
-from longvila.config import LayoutName
 from longvila.parallel.blocks import Span
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A way to spread a row over context ranks."""
-
-    cut: Callable[[Sequence[int], int], tuple[tuple[Span, ...], ...]]
-    """(document lengths, context ranks) -> the spans of each rank."""
-    helpers: bool = False
-    """Whether early ranks compute for late ones, as in LightSeq (`Plan._helps`)."""
 
 
 def contiguous(lengths: Sequence[int], parts: int) -> tuple[tuple[Span, ...], ...]:
@@ -56,15 +44,7 @@ def document_zigzag(lengths: Sequence[int], parts: int) -> tuple[tuple[Span, ...
             owned[rank] += [(cuts[part], cuts[part + 1]), (cuts[mirror], cuts[mirror + 1])]
         start += length
     starts = {0, *accumulate(lengths)}
-    return tuple(_join(spans, starts) for spans in owned)
-
-
-LAYOUTS: dict[LayoutName, Layout] = {
-    "contiguous": Layout(contiguous),
-    "zigzag": Layout(zigzag),
-    "document_zigzag": Layout(document_zigzag),
-    "lightseq": Layout(contiguous, helpers=True),
-}
+    return tuple(join_spans(spans, starts) for spans in owned)
 
 
 def _cut_at_documents(spans: Sequence[Span], lengths: Sequence[int]) -> tuple[Span, ...]:
@@ -76,10 +56,10 @@ def _cut_at_documents(spans: Sequence[Span], lengths: Sequence[int]) -> tuple[Sp
                 pieces.append((start, border))
                 start = border
         pieces.append((start, stop))
-    return _join(pieces, {0, *borders})
+    return join_spans(pieces, {0, *borders})
 
 
-def _join(spans: Sequence[Span], starts: set[int]) -> tuple[Span, ...]:
+def join_spans(spans: Sequence[Span], starts: set[int]) -> tuple[Span, ...]:
     """Drops empty spans and joins neighbours, except where a document starts (`starts`)."""
     joined: list[Span] = []
     for start, stop in spans:

@@ -15,14 +15,12 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import accumulate
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from longvila.config import LayoutName, RoutingName
 from longvila.errors import ConfigError, DataError
 from longvila.parallel.blocks import Block, Mask, Span, visible_blocks
-from longvila.parallel.layout import LAYOUTS
 
 Link = Literal["inner", "outer"]
 Cargo = Literal["keys", "queries"]
@@ -101,60 +99,44 @@ class Plan:
 
     Args:
         lengths: tokens of each document, in row order.
+        spans: row spans that each of the inner x outer context ranks owns, ascending.
         inner, outer, head: sizes of the fold.
-        layout: a name in `layout.LAYOUTS`.
-        routing: `direct` sends only what is needed, straight to whom it serves. `relay` passes whole blocks on from
-            neighbour to neighbour: a ring, or with outer > 1 a double ring (LoongTrain, section 4.2).
+        relay: pass whole blocks on from neighbour to neighbour: a ring, or with outer > 1 a double ring (LoongTrain,
+            section 4.2). Otherwise only what is needed is sent, straight to whom it serves.
+        helpers: early ranks compute for late ones (LightSeq).
 
     Raises:
         DataError: for an empty row or an empty document.
-        ConfigError: for an unknown layout or routing, a size below 1, or a layout that `relay` cannot carry.
+        ConfigError: for a size below 1, or helpers in a relay.
     """
 
     def __init__(
         self,
         lengths: tuple[int, ...],
+        spans: tuple[tuple[Span, ...], ...],
         inner: int = 1,
         outer: int = 1,
         head: int = 1,
-        layout: LayoutName = "document_zigzag",
-        routing: RoutingName = "direct",
+        relay: bool = False,
+        helpers: bool = False,
     ) -> None:
-        if not lengths:
-            raise DataError("a row needs at least one document")
-        if min(lengths) < 1:
-            raise DataError(
-                f"document {lengths.index(min(lengths))} of the row has {min(lengths)} tokens; at least 1 needed"
-            )
-        if min(inner, outer, head) < 1:
-            raise ConfigError(
-                f"an attention fold needs sizes of at least 1, not outer {outer} x inner {inner} x head {head}"
-            )
-        if layout not in LAYOUTS:
-            raise ConfigError(f"unknown layout '{layout}'; there is {', '.join(sorted(LAYOUTS))}")
-        if routing not in ("direct", "relay"):
-            raise ConfigError(f"unknown routing '{routing}'; there is direct and relay")
-        if routing == "relay" and LAYOUTS[layout].helpers:
-            raise ConfigError(
-                f"layout '{layout}' sends queries to helpers, which a relay cannot carry; use routing=direct"
-            )
-        self.lengths, self.inner, self.outer, self.head = lengths, inner, outer, head
-        self.layout: LayoutName = layout
-        self.routing: RoutingName = routing
+        check_row(lengths, inner, outer, head)
+        if relay and helpers:
+            raise ConfigError("queries that go to helpers cannot be carried by a relay; use routing=direct")
+        self.lengths, self.spans, self.inner, self.outer, self.head = lengths, spans, inner, outer, head
+        self.relay, self.helpers = relay, helpers
         self.parts = inner * outer
-        rule = LAYOUTS[layout]
-        self._helpers = rule.helpers
-        self.spans = rule.cut(lengths, self.parts)
-        """Row spans that each context rank owns."""
         ends = list(accumulate(lengths))
-        self._pieces = [_pieces(spans, ends) for spans in self.spans]
+        self._pieces = [_pieces(owned, ends) for owned in spans]
+        self._documents = [[piece.document for piece in pieces] for pieces in self._pieces]
+        self._found: dict[tuple[int, int, Mask], Step | None] = {}
         self._pairs: dict[tuple[int, int, Mask], _Pair] = {}
         self._programs: dict[tuple[int, Mask], Program] = {}
 
     @property
     def identity(self) -> tuple[object, ...]:
         """What must be equal on all ranks of a sequence group: everything follows from it."""
-        return self.lengths, self.inner, self.outer, self.head, self.layout, self.routing
+        return self.lengths, self.spans, self.inner, self.outer, self.head, self.relay, self.helpers
 
     def num_tokens(self, part: int) -> int:
         """Tokens of one context rank."""
@@ -175,7 +157,7 @@ class Plan:
         """What context rank `rank` does under `mask`."""
         key = (rank, mask)
         if key not in self._programs:
-            self._programs[key] = self._relay(rank, mask) if self.routing == "relay" else self._direct(rank, mask)
+            self._programs[key] = self._relay(rank, mask) if self.relay else self._direct(rank, mask)
         return self._programs[key]
 
     def meeting_step(self, rank: int, owner: int) -> int:
@@ -190,19 +172,25 @@ class Plan:
     def _pair(self, queries: int, keys: int, mask: Mask) -> _Pair:
         key = (queries, keys, mask)
         if key not in self._pairs:
-            self._pairs[key] = _pair(self._pieces[queries], self._pieces[keys], mask)
+            self._pairs[key] = _pair(self._pieces[queries], self._pieces[keys], self._documents[keys], mask)
         return self._pairs[key]
 
     def _helps(self, queries: int, keys: int, mask: Mask) -> bool:
         """Whether the keys' owner computes this pair: LightSeq's rule (Li et al. 2023, section 3.2)."""
         # In the plain schedule, rank p works on its own chunk and on those of the p ranks before it, so that early
         # ranks fall idle. Pairs more than half the ranks apart are theirs.
-        return self._helpers and mask.causal and queries - keys > self.parts // 2
+        return self.helpers and mask.causal and queries - keys > self.parts // 2
 
     def _step(self, rank: int, owner: int, mask: Mask) -> Step | None:
         """What `rank` computes with `owner`'s tokens, if anything."""
+        key = (rank, owner, mask)
+        if key not in self._found:
+            self._found[key] = self._make_step(rank, owner, mask)
+        return self._found[key]
+
+    def _make_step(self, rank: int, owner: int, mask: Mask) -> Step | None:
         index = self.meeting_step(rank, owner)
-        whole = rank == owner or self.routing == "relay"
+        whole = rank == owner or self.relay
         if tasks := self._pair(rank, owner, mask).tasks_on_keys(whole):
             if not self._helps(rank, owner, mask):
                 return Step(index, owner, "keys", tasks)
@@ -285,17 +273,18 @@ class Plan:
         return _Path(tuple(hops), tuple(homeward))
 
 
-@lru_cache(maxsize=256)
-def make_plan(
-    lengths: tuple[int, ...],
-    inner: int = 1,
-    outer: int = 1,
-    head: int = 1,
-    layout: LayoutName = "document_zigzag",
-    routing: RoutingName = "direct",
-) -> Plan:
-    """`Plan`, the same object for equal arguments: its programs are worked out once."""
-    return Plan(lengths, inner, outer, head, layout, routing)
+def check_row(lengths: tuple[int, ...], inner: int, outer: int, head: int) -> None:
+    """Raises where there is nothing to plan: DataError for an empty row or document, ConfigError for an empty axis."""
+    if not lengths:
+        raise DataError("a row needs at least one document")
+    if min(lengths) < 1:
+        raise DataError(
+            f"document {lengths.index(min(lengths))} of the row has {min(lengths)} tokens; at least 1 needed"
+        )
+    if min(inner, outer, head) < 1:
+        raise ConfigError(
+            f"an attention fold needs sizes of at least 1, not outer {outer} x inner {inner} x head {head}"
+        )
 
 
 def count_tokens(spans: Sequence[Span]) -> int:
@@ -347,8 +336,7 @@ def _sizes_before(spans: Sequence[Span]) -> list[int]:
     return [0, *accumulate(stop - start for start, stop in spans)][:-1]
 
 
-@dataclass(frozen=True)
-class _Piece:
+class _Piece(NamedTuple):
     """A span with the document it belongs to and where it begins among its rank's tokens."""
 
     document: int
@@ -365,8 +353,7 @@ def _pieces(spans: Sequence[Span], ends: Sequence[int]) -> list[_Piece]:
     return pieces
 
 
-def _pair(queries: list[_Piece], keys: list[_Piece], mask: Mask) -> _Pair:
-    documents = [key.document for key in keys]
+def _pair(queries: list[_Piece], keys: list[_Piece], documents: list[int], mask: Mask) -> _Pair:
     tasks: list[Block] = []
     for query in queries:
         begin, end = bisect_left(documents, query.document), bisect_right(documents, query.document)

@@ -8,13 +8,12 @@ benchmark counts them there.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
-from longvila.config import LayoutName, RoutingName
 from longvila.parallel.blocks import Mask
-from longvila.parallel.plan import Plan, Program, Transfer, make_plan
+from longvila.parallel.plan import Plan, Program, Transfer
 
 
 class Shape(NamedTuple):
@@ -143,6 +142,13 @@ class _Pass:
     def __init__(self, programs: list[Program], shape: Shape, machine: Machine, backward: bool) -> None:
         self._programs, self._shape, self._machine, self._backward = programs, shape, machine, backward
         self._clock = [0.0] * len(programs)
+        self._fetches = _by_step_posted(program.fetches for program in programs)
+        self._returns = _by_step_posted(program.returns for program in programs)
+        self._steps: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        """By step: (rank, query-key pairs)."""
+        for program in programs:
+            for step in program.steps:
+                self._steps[step.index].append((program.rank, step.work))
         self._free: dict[tuple[str, str, int], float] = defaultdict(float)
         self._fetched: dict[int, list[tuple[int, float]]] = defaultdict(list)
         """By step: (rank, when its input is there)."""
@@ -155,12 +161,12 @@ class _Pass:
         for index in sorted({index for program in self._programs for index in program.indices}):
             for rank, arrival in self._fetched.pop(index, ()):
                 self._clock[rank] = max(self._clock[rank], arrival)
-            for transfer in self._posted("fetches", index):
+            for transfer in self._fetches.get(index, ()):
                 arrival = self._send(transfer, fetch_bytes(transfer, self._shape, self._backward))
                 self._fetched[transfer.step].append((transfer.target, arrival))
-            for rank, program in enumerate(self._programs):
-                self._clock[rank] += seconds_per_pair * sum(step.work for step in program.steps_at(index))
-            returns = [t for t in self._posted("returns", index) if return_bytes(t, self._shape, self._backward)]
+            for rank, pairs in self._steps.get(index, ()):
+                self._clock[rank] += seconds_per_pair * pairs
+            returns = [t for t in self._returns.get(index, ()) if return_bytes(t, self._shape, self._backward)]
             for transfer in returns:  # what met on the way must be there before it is passed on
                 for posted, arrival in self._returned.get((transfer.source, transfer.owner), ()):
                     if posted < index:
@@ -172,16 +178,6 @@ class _Pass:
             self._clock[rank] = max(self._clock[rank], *(arrival for _, arrival in arrivals))
         return max(self._clock)
 
-    def _posted(self, kind: str, index: int) -> list[Transfer]:
-        """Transfers of all ranks, each once, in the order in which they are posted."""
-        found = [
-            transfer
-            for program in self._programs
-            for transfer in getattr(program, kind)
-            if transfer.posted == index and transfer.source == program.rank
-        ]
-        return sorted(found, key=lambda t: t.step)
-
     def _send(self, transfer: Transfer, size: int) -> float:
         """When a message is there that both ends have posted by now."""
         ends = [("out", transfer.link, transfer.source), ("in", transfer.link, transfer.target)]
@@ -192,54 +188,9 @@ class _Pass:
         return arrival
 
 
-@dataclass(frozen=True)
-class Choice:
-    """What `choose` picked, and why."""
-
-    layout: LayoutName
-    routing: RoutingName
-    reason: str
-
-
-CANDIDATES: tuple[tuple[LayoutName, RoutingName], ...] = (
-    ("joint", "direct"),
-    ("document_zigzag", "direct"),
-    ("document_zigzag", "relay"),
-    ("lightseq", "direct"),
-)
-
-
-@lru_cache(maxsize=256)
-def choose(
-    lengths: tuple[int, ...],
-    inner: int,
-    outer: int,
-    head: int,
-    shape: Shape,
-    masks: tuple[Mask, ...] = (Mask(),),
-    machine: Machine = Machine(),
-) -> Choice:
-    """The layout and routing with the least predicted time over layers of these masks; of equals, the fewest bytes.
-
-    Args:
-        shape: heads of the whole model.
-    """
-    busiest = shape.of_head_rank(head)
-    full = full_ring_bytes(sum(lengths), inner * outer, busiest) * len(masks)
-    costs = []
-    for layout, routing in CANDIDATES:
-        plan = make_plan(lengths, inner, outer, head, layout, routing)
-        of_mask = {mask: predict(plan, mask, busiest, machine) for mask in set(masks)}
-        predictions = [of_mask[mask] for mask in masks]
-        seconds, ideal = (sum(getattr(p, name) for p in predictions) for name in ("seconds", "ideal"))
-        sent = sum(sum(p.bytes.values()) for p in predictions)
-        costs.append((seconds, sent, layout, routing, seconds / ideal, sent / full if full else 0.0))
-    costs.sort(key=lambda cost: (cost[0], cost[1]))
-    told = "; ".join(
-        f"{layout} {routing} {makespan:.2f}x ideal, {100 * share:.0f} % of a ring's bytes"
-        for _, _, layout, routing, makespan, share in costs
-    )
-    heads = ""
-    if shape.heads % head:
-        heads = f"; {shape.heads} heads on {head} ranks cost {busiest.heads * head / shape.heads:.2f}x"
-    return Choice(costs[0][2], costs[0][3], f"by predicted time (a model): {told}{heads}")
+def _by_step_posted(transfers: Iterable[Sequence[Transfer]]) -> dict[int, list[Transfer]]:
+    """Transfers of all ranks, each once, by the step at which they are posted, in order."""
+    found: dict[int, list[Transfer]] = defaultdict(list)
+    for transfer in sorted({t for of_rank in transfers for t in of_rank}, key=lambda t: (t.step, t.source, t.owner)):
+        found[transfer.posted].append(transfer)
+    return found

@@ -21,9 +21,9 @@ from longvila.model.loss import IGNORE
 from longvila.model.vlm import LongVilaConfig, LongVilaModel
 from longvila.parallel.agree import sum_over_world
 from longvila.parallel.batch import frame_share, shard_row, shift_labels
+from longvila.parallel.choose import LAYOUTS
 from longvila.parallel.fold import make_fold
 from longvila.parallel.launch import run_ranks
-from longvila.parallel.layout import LAYOUTS
 
 FRAME = 60
 BOUND = 1e-11

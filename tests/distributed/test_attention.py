@@ -21,10 +21,10 @@ from longvila.errors import ConfigError
 from longvila.parallel import attention
 from longvila.parallel.attention import FoldedPlan
 from longvila.parallel.blocks import Mask
+from longvila.parallel.choose import LAYOUTS, make_plan
 from longvila.parallel.fold import make_fold
 from longvila.parallel.launch import RankError, run_ranks
-from longvila.parallel.layout import LAYOUTS
-from longvila.parallel.plan import Plan, make_plan
+from longvila.parallel.plan import Plan
 
 MASKS = [Mask(), Mask(window=1), Mask(window=3), Mask(window=8), Mask(causal=False)]
 
@@ -62,7 +62,7 @@ def six_ranks(placement):
     worst = 0.0
     for inner, outer in ((2, 3), (3, 2)):
         fold = make_fold(ParallelConfig(1, inner, outer, placement=placement), "cpu")
-        for plan in plans(fold, ROWS[:2]):
+        for _, plan in plans(fold, ROWS[:2]):
             for mask in (MASKS[0], MASKS[2]):
                 worst = max(worst, attention_error(fold, plan, (4, 2), mask, torch.float64))
     return worst

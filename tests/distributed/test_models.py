@@ -196,7 +196,7 @@ def test_unknown_policies_are_refused():
 
 
 def compiled_errors(parallel):
-    """Differences between compiled and plain layers, and how many graphs were made, over rows of one length and other documents."""
+    """Differences between compiled and plain layers, and graphs made so far: rows of one length, other documents."""
     fold = make_fold(parallel, "cpu")
     model = make("qwen3")
     apply_folds(model, fold, shard=False)
