@@ -1,6 +1,9 @@
 """Language models of transformers, unmodified, under a fold: loss and every gradient equal one process."""
 
 import functools
+import logging
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,15 +12,17 @@ import torch.nn.functional as F
 import transformers
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from longvila.apply import apply_folds
+from longvila.apply import apply_folds, attention_of
 from longvila.bench.exact import dense_mask
 from longvila.config import ParallelConfig
 from longvila.errors import ConfigError
 from longvila.parallel.agree import sum_over_world
 from longvila.parallel.batch import shard_batch, shift_labels
 from longvila.parallel.blocks import Mask
-from longvila.parallel.fold import make_fold
+from longvila.parallel.choose import choose
+from longvila.parallel.fold import make_fold, start_world
 from longvila.parallel.launch import RankError, run_ranks
+from longvila.parallel.replay import Shape
 from longvila.parallel.traffic import counting
 
 LENGTHS = (5, 1, 23, 2, 14)
@@ -226,3 +231,59 @@ def test_compiled_layers_are_one_graph_and_new_rows_do_not_compile_again(paralle
     found = run_ranks(compiled_errors, 2, parallel)[0]
     assert max(difference for difference, _ in found) < 1e-12
     assert found[-1][1] == found[-2][1]
+
+
+def readme(folder, code):
+    ids, _, positions = torch.arange(1, 1001) % 50, None, torch.cat([torch.arange(700), torch.arange(300)])
+    names = {
+        "AutoModelForCausalLM": transformers.AutoModelForCausalLM, "ParallelConfig": ParallelConfig, "name": folder,
+        "input_ids": ids, "position_ids": positions, "apply_folds": apply_folds, "make_fold": make_fold,
+        "shard_batch": shard_batch, "shift_labels": shift_labels, "start_world": start_world,
+    }  # fmt: skip
+    exec(code, names)
+    gradient = names["model"].model.layers[0].self_attn.q_proj.weight.grad.full_tensor()
+    return gradient.abs().max().item()
+
+
+def test_the_readmes_ten_lines_run(tmp_path):
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    assert len(code.strip().splitlines()) <= 10
+    transformers.AutoModelForCausalLM.from_config(MODELS["qwen3"]()).save_pretrained(tmp_path)
+    first, second = run_ranks(readme, 2, tmp_path, code)
+    assert first == second > 0
+
+
+def choose_by_itself():
+    fold = make_fold(ParallelConfig(inner=2), "cpu")
+    model = make("gemma3")
+    attention = attention_of(model.config)
+    with caplog_of("longvila.parallel.batch") as messages:
+        batch = shard_batch(LENGTHS, fold, "auto", attention=attention, input_ids=torch.arange(sum(LENGTHS)))
+    return attention.masks, batch["plan"].plan.identity, messages
+
+
+@contextmanager
+def caplog_of(name):
+    """What a logger says; pytest's own fixture does not follow into ranks."""
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger = logging.getLogger(name)
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield messages
+
+
+def test_auto_picks_the_same_on_every_rank_and_says_why():
+    (masks, plan, told), (_, other, silent) = run_ranks(choose_by_itself, 2)
+    assert masks == (Mask(window=5), Mask(), Mask(window=5))
+    assert plan == other
+    assert len(told) == 1
+    assert "x ideal" in told[0]
+    assert not silent
+
+
+def test_auto_counts_the_remainder_of_heads():
+    choice = choose((4096,), 1, 1, 8, Shape(28, 4, 128))
+    assert "28 heads on 8 ranks cost 1.14x" in choice.reason
