@@ -194,3 +194,15 @@ def probe(layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_token_moves_exactly_the_outputs_that_may_see_it(layout):
     run_ranks(probe, 3, layout)
+
+
+def many_heads():
+    fold = make_fold(ParallelConfig(head=8), "cpu")
+    plan = make_plan(ROWS[1], fold.inner, fold.outer, fold.num_heads)
+    return max(
+        attention_error(fold, plan, heads, Mask(), torch.float64) for heads in ((28, 4), (33, 33), (8, 4), (12, 2))
+    )
+
+
+def test_heads_that_eight_ranks_do_not_divide():
+    assert max(run_ranks(many_heads, 8)) < 1e-12
