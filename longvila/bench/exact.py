@@ -60,7 +60,7 @@ def attention_error(fold: Fold, plan: Plan, heads: tuple[int, int], mask: Mask, 
     expected_grads = torch.autograd.grad(expected, whole, grad)
     mine = torch.tensor(plan.positions(fold.part, fold.head), dtype=torch.long)
     local = [x[:, :, mine].to(dtype).requires_grad_() for x in (q, k, v)]
-    out = FoldedPlan(plan, fold).attend(*local, SCALE, mask)
+    out = FoldedPlan(plan, fold).attend(local[0], local[1], local[2], SCALE, mask)
     grads = torch.autograd.grad(out, local, grad[:, :, mine].to(dtype))
     pairs = zip((out, *grads), (expected, *expected_grads), strict=True)
     if not len(mine):
