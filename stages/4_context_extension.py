@@ -76,7 +76,7 @@ def config(scale: str, models: Path) -> StageConfig:
     """Context extension at `scale`."""
     of_scale: dict[str, Any] = {"parallel": LONG_ROWS[scale]} if scale in LONG_ROWS else {}
     if scale == "small":  # 8K tokens a rank through 30 layers would not fit beside each other on a small machine
-        of_scale["recompute"] = True
+        of_scale["recompute"] = "save_attention"
     return stage(
         "4_context_extension",
         scale,

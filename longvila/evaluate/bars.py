@@ -17,7 +17,7 @@ SWAPPED_ACCURACY = 0.30
 RECALL_FACTOR = 1.5
 DISTINCT_SHARE = 0.9
 GRADIENT_ERROR = 1e-11
-DEMO_MINUTES = 20.0
+DEMO_MINUTES = {"tiny": 20.0, "small": 90.0}
 
 Condition = dict[str, Any]
 
@@ -34,7 +34,7 @@ def compute_bars(report: dict[str, Any]) -> list[dict[str, Any]]:
             "gradient_max_error",
             [_at_most("largest error", (report["gradients"] or {}).get("max_error"), GRADIENT_ERROR)],
         ),
-        _bar("demo_minutes", [_at_most("minutes", report["minutes"], DEMO_MINUTES)]),
+        _bar("demo_minutes", [_at_most("minutes", report["minutes"], DEMO_MINUTES.get(report["scale"], 0.0))]),
     ]
 
 

@@ -179,7 +179,7 @@ def test_the_last_two_bars_are_plain_bounds(error, minutes, holds):
 
 
 def empty_report(evaluations: dict) -> dict:
-    return {"stages": [], "evaluations": evaluations, "gradients": None, "minutes": None}
+    return {"scale": "tiny", "stages": [], "evaluations": evaluations, "gradients": None, "minutes": None}
 
 
 def test_either_order_of_the_folders_below_eval_is_read(run):
