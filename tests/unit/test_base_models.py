@@ -1,6 +1,7 @@
 """Base models of a small scale: tokenizer, tower and language model, made from a little content."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from longvila.config import ModelConfig
 from longvila.errors import ConfigError
 from longvila.model import build_model
 from longvila.shards.sample import SourceSample
-from longvila.train.base import BaseContent, BaseRecipe, make_base_models
+from longvila.train.base import BaseContent, BaseRecipe, _beside, make_base_models
 from longvila.train.contrastive import ContrastiveRecipe
 from longvila.train.pretrain import LanguageRecipe, encode, train_tokenizer
 
@@ -102,3 +103,16 @@ def test_a_folder_with_something_else_is_refused_and_left_alone(tmp_path):
     with pytest.raises(ConfigError, match="not empty"):
         make(tmp_path)
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_language_model_whose_process_dies_is_an_error_and_no_hang():
+    with pytest.raises(RuntimeError, match="died"), _beside(lambda report: os._exit(9), print) as wait:
+        wait()
+
+
+def test_an_error_beside_is_raised_here():
+    def fail(report):
+        raise ConfigError("no such package")
+
+    with pytest.raises(ConfigError, match="no such package"), _beside(fail, print) as wait:
+        wait()
