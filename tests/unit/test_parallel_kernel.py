@@ -59,5 +59,5 @@ def test_a_block_equals_dense_attention(kind, rows, columns, heads, device, dtyp
 @CUDA
 def test_types_that_flash_attention_does_not_take_are_refused():
     x = torch.zeros(1, 1, 4, 16, device="cuda")
-    with pytest.raises(ConfigError, match="bf16 or fp16, not torch.float32"):
+    with pytest.raises(ConfigError, match=r"bf16 or fp16, not torch\.float32"):
         block_forward(x, x, x, "full", 1.0)
