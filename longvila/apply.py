@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
-from longvila.config import RecomputeName
+from longvila.config import RecomputeName, ShardingConfig
 from longvila.errors import ConfigError
 from longvila.parallel.attention import FoldedPlan
 from longvila.parallel.blocks import Mask
-from longvila.parallel.fold import Fold
+from longvila.parallel.fold import Fold, check_sharding, parameter_mesh
 from longvila.parallel.recompute import checkpoint_arguments
 from longvila.parallel.replay import ModelAttention, Shape
 
@@ -84,7 +84,7 @@ def apply_folds(
     precision: str = "fp32",
     recompute: RecomputeName = "none",
     recompute_keeps: Collection[int] | None = None,
-    shard: bool = True,
+    sharding: ShardingConfig | None = ShardingConfig(),  # noqa: B008
 ) -> None:
     """Makes `model` (a LongVilaModel, or a causal language model of transformers) run under `fold`, in place.
 
@@ -92,7 +92,7 @@ def apply_folds(
         precision: `fp32` or `bf16` computation; parameters keep their own type as masters.
         recompute: activation checkpointing of every language-model layer (`parallel/recompute.py`).
         recompute_keeps: layers whose attention it keeps; None means all.
-        shard: FSDP2 over the world. False leaves parameters whole and gradients to the caller.
+        sharding: FSDP2 over all ranks, or as it says. None leaves parameters whole and gradients to the caller.
     """
     language_model = getattr(model, "language_model", model)
     language_model.set_attn_implementation(ATTENTION)
@@ -106,20 +106,25 @@ def apply_folds(
         new_name = getattr(language_model, "activation_checkpointing_enable", None)
         enable = new_name or language_model.gradient_checkpointing_enable
         enable(checkpoint_arguments(recompute, recompute_keeps))
-    if shard:
-        _shard_parameters(model, fold, precision)
+    if sharding is not None:
+        _shard_parameters(model, fold, precision, sharding)
 
 
-def _shard_parameters(model: nn.Module, fold: Fold, precision: str) -> None:
+def _shard_parameters(model: nn.Module, fold: Fold, precision: str, sharding: ShardingConfig) -> None:
     policy = (
         MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         if precision == "bf16"
         else MixedPrecisionPolicy()
     )
-    mesh = fold.mesh._flatten("world")
+    mesh = parameter_mesh(sharding, fold.mesh.device_type)
+    reshard: bool | int = sharding.parameters != "none"
+    if sharding.parameters == "node" and sharding.optimizer == "world":
+        reshard = check_sharding(sharding, mesh.size())
+        if reshard == mesh.size():  # one node is the world
+            reshard = True
     for block in blocks(model):
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+        fully_shard(block, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy)
+    fully_shard(model, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

@@ -19,6 +19,7 @@ LayoutName = Literal["contiguous", "zigzag", "document_zigzag", "lightseq", "joi
 RoutingName = Literal["direct", "relay"]
 RecomputeName = Literal["none", "all", "save_attention", "offload_attention"]
 PlacementName = Literal["head_first", "context_first"]
+ScopeName = Literal["world", "node", "none"]
 PARTS = ("vision", "projector", "language_model")
 
 
@@ -121,6 +122,21 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
+class ShardingConfig:
+    """Over which ranks each kind of training state is sharded: all, those of a node, or not at all (LoongTrain's hybrid
+    ZeRO). Less sharding costs memory (`longvila/train/memory.py` prints how much) and saves traffic."""
+
+    optimizer: ScopeName = "world"
+    """Master weights and AdamW's moments, and what every step leaves behind."""
+    parameters: ScopeName = "world"
+    """Weights between a block's forward and its backward; sharded at most as far as the optimizer's."""
+    gradients: ScopeName = "world"
+    """Gradients between the rows of a step: as the optimizer's, or `none` (whole until the last row, one reduction)."""
+    node: int | None = None
+    """Ranks of a node; None asks torchrun."""
+
+
+@dataclass(frozen=True)
 class Phase:
     """A stretch of a stage with its own data, length and learning rate. Most stages have one."""
 
@@ -153,6 +169,7 @@ class StageConfig:
     lora: LoraConfig | None = None
     optimizer: OptimizerConfig = OptimizerConfig()
     parallel: ParallelConfig = ParallelConfig()
+    sharding: ShardingConfig = ShardingConfig()
     precision: Literal["fp32", "bf16"] = "fp32"
     """Computation type; master weights and optimizer states stay fp32."""
     recompute: RecomputeName = "none"

@@ -63,7 +63,7 @@ def _count(parallel: ParallelConfig, policy: RecomputeName) -> Counter[str]:
         num_key_value_heads=2, head_dim=16,
     )  # fmt: skip
     model = Qwen3ForCausalLM(config).train()
-    apply_folds(model, fold, recompute=policy, shard=False)
+    apply_folds(model, fold, recompute=policy, sharding=None)
     ids = torch.randint(0, 64, (sum(LENGTHS),))
     positions = torch.cat([torch.arange(length) for length in LENGTHS])
     batch = shard_batch(LENGTHS, fold, input_ids=ids, position_ids=positions)

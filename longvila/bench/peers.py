@@ -213,7 +213,7 @@ def _whole(row: _Row) -> tuple[dict[str, Any], Tensor]:
 
 def _fold_cut(model: Qwen3ForCausalLM, parallel: ParallelConfig) -> _Cut:
     fold = make_fold(parallel, "cpu")
-    apply_folds(model, fold, shard=False)
+    apply_folds(model, fold, sharding=None)
 
     def cut(row: _Row) -> tuple[dict[str, Any], Tensor]:
         batch = shard_batch(

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from longvila.config import ParallelConfig, PlacementName
+from longvila.config import ParallelConfig, PlacementName, ShardingConfig
 from longvila.errors import ConfigError
 
 
@@ -145,6 +145,39 @@ def make_fold(parallel: ParallelConfig, device_type: str) -> Fold:
         data_rank=mesh.get_local_rank("data"),
         num_data=num_data,
     )
+
+
+def check_sharding(sharding: ShardingConfig, world: int) -> int:
+    """Returns the ranks of a node, or raises ConfigError where the choice cannot be carried out."""
+    node = sharding.node or int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    if node < 1 or world % node:
+        raise ConfigError(
+            f"nodes of {node} ranks do not divide the world of {world}; set sharding.node to a divisor of it"
+        )
+    order = ("none", "node", "world")
+    if order.index(sharding.parameters) > order.index(sharding.optimizer):
+        raise ConfigError(
+            f"sharding.parameters={sharding.parameters} is finer than sharding.optimizer={sharding.optimizer}; weights "
+            f"cannot be spread further than their masters, use the same or less"
+        )
+    if sharding.gradients not in ("none", sharding.optimizer):
+        raise ConfigError(
+            f"sharding.gradients={sharding.gradients} must be sharding.optimizer's ({sharding.optimizer}), or none"
+        )
+    return node
+
+
+def parameter_mesh(sharding: ShardingConfig, device_type: str) -> DeviceMesh:
+    """The parameter fold `replicate x shard` that the optimizer's scope asks for: all ranks, whatever they do else.
+
+    Collective. The shard axis lies on neighbouring ranks, those of a node.
+    """
+    world = dist.get_world_size()
+    node = check_sharding(sharding, world)
+    shard = {"world": world, "node": node, "none": 1}[sharding.optimizer]
+    if shard == world:
+        return init_device_mesh(device_type, (world,), mesh_dim_names=("shard",))
+    return init_device_mesh(device_type, (world // shard, shard), mesh_dim_names=("replicate", "shard"))
 
 
 def _my_group(members: list[list[int]]) -> dist.ProcessGroup:

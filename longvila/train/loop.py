@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
@@ -36,6 +37,7 @@ from longvila.shards.loader import RowLoader
 from longvila.shards.rows import Row
 from longvila.train.checkpoint import Position, load_checkpoint, save_checkpoint
 from longvila.train.feed import RowFeed, Step
+from longvila.train.memory import memory_table
 from longvila.train.metrics import Metrics, read_jsonl
 from longvila.train.optimizer import (
     add_lora,
@@ -140,10 +142,13 @@ def _start(config: StageConfig, run: Path, fold: Fold, device: torch.device) -> 
     prepare(model, config)
     model.to(device)  # type: ignore[arg-type]
     model.train()
-    apply_folds(model, fold, config.precision, config.recompute, config.recompute_keeps)
+    apply_folds(model, fold, config.precision, config.recompute, config.recompute_keeps, config.sharding)
     optimizer = make_optimizer(model, config.optimizer)
     if dist.get_rank() == 0:
         log.info("%s trains %s", config.name, describe_parameters(model))
+        sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+        total, trained = sum(size for size, _ in sizes), sum(size for size, moves in sizes if moves)
+        log.info("\n".join(memory_table(total, trained, dist.get_world_size(), config.sharding, config.precision)))
     return TrainingState(config, fold, device, model, tokenizer, optimizer)
 
 
@@ -188,7 +193,9 @@ def take_step(state: TrainingState, batch: Step, rate: float) -> dict[str, float
         raise LongvilaError(f"no target token in the whole step (samples {[row.keys for row in batch.rows]})")
     state.optimizer.zero_grad()
     loss = 0.0
-    for row in batch.rows:
+    for index, row in enumerate(batch.rows):
+        if state.config.sharding.gradients == "none" and isinstance(state.model, FSDPModule):
+            state.model.set_requires_gradient_sync(index + 1 == len(batch.rows))
         output = forward_row(state, row)
         # The only division: from here on every gradient is a plain sum over ranks.
         (output / batch.num_targets).backward()

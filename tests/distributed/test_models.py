@@ -145,7 +145,7 @@ def refuse(name, **changes):
     for key, value in changes.items():
         setattr(config, key, value)
     model = transformers.AutoModelForCausalLM.from_config(config).train()
-    apply_folds(model, fold, shard=False)
+    apply_folds(model, fold, sharding=None)
     ids, _, positions = make_row()
     model(**shard_batch(LENGTHS, fold, input_ids=ids, position_ids=positions))
 
@@ -204,7 +204,7 @@ def compiled_errors(parallel):
     """Differences between compiled and plain layers, and graphs made so far: rows of one length, other documents."""
     fold = make_fold(parallel, "cpu")
     model = make("qwen3")
-    apply_folds(model, fold, shard=False)
+    apply_folds(model, fold, sharding=None)
     counter = CompileCounterWithBackend("aot_eager")
     plain = list(model.model.layers)
     compiled = [torch.compile(layer, backend=counter, fullgraph=True) for layer in plain]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from longvila.config import ParallelConfig
+from longvila.config import ParallelConfig, ShardingConfig
 from longvila.parallel.launch import run_ranks
 from longvila.train.checkpoint import Position, checkpoints, load_checkpoint, save_checkpoint
 from longvila.train.feed import Step
@@ -28,8 +28,8 @@ def steps(state, first, count):
     return figures
 
 
-def train_three_steps(parallel):
-    state = make_state(parallel)
+def train_three_steps(parallel, sharding=ShardingConfig()):  # noqa: B008
+    state = make_state(parallel, sharding=sharding)
     figures = steps(state, 0, 3)
     return figures, whole_weights(state.model)
 
@@ -70,8 +70,27 @@ def one_process():
     ],
 )
 def test_steps_on_several_ranks_give_the_weights_of_one_process(world, parallel, one_process):
+    check_steps(run_ranks(train_three_steps, world, parallel), one_process)
+
+
+SHARDINGS = [
+    ShardingConfig(optimizer, parameters, gradients, node)
+    for optimizer, parameters in [
+        ("world", "node"), ("world", "none"), ("node", "node"), ("node", "none"), ("none", "none"),
+    ]
+    for gradients in (optimizer, "none")
+    for node in (2,)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("sharding", [*SHARDINGS, ShardingConfig(gradients="none")], ids=str)
+def test_every_sharding_gives_the_weights_of_one_process(sharding, one_process):
+    check_steps(run_ranks(train_three_steps, 4, ParallelConfig(inner=2), sharding), one_process)
+
+
+def check_steps(by_rank, one_process):
     expected_figures, expected = one_process
-    for figures, weights in run_ranks(train_three_steps, world, parallel):
+    for figures, weights in by_rank:
         for mine, theirs in zip(figures, expected_figures, strict=True):
             for name, value in theirs.items():
                 assert mine[name] == pytest.approx(value, rel=1e-9), name
@@ -137,3 +156,47 @@ def train_projector():
 def test_only_the_parts_that_a_stage_trains_move():
     for moved in run_ranks(train_projector, 2):
         assert moved == {"vision": False, "projector": True, "language_model": False}
+
+
+def local_shares(sharding):
+    """Of the largest weight: the share of it that this rank keeps, and that of its first moment after a step."""
+    state = make_state(ParallelConfig(), sharding=sharding)
+    steps(state, 0, 1)
+    weight = state.model.language_model.model.embed_tokens.weight
+    moment = state.optimizer.state[weight]["exp_avg"]
+    return [x.to_local().numel() / x.numel() for x in (weight, moment)]
+
+
+@pytest.mark.parametrize(("scope", "share"), [("world", 1 / 4), ("node", 1 / 2), ("none", 1.0)])
+def test_a_rank_keeps_the_share_that_the_scope_says(scope, share):
+    for shares in run_ranks(local_shares, 4, ShardingConfig(scope, "none", scope, node=2)):
+        assert shares == [share, share]
+
+
+def reductions(gradients):
+    """Gradient reductions of a step of two rows on this rank."""
+    state = make_state(ParallelConfig(inner=2), sharding=ShardingConfig(gradients=gradients))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profiled:
+        steps(state, 0, 1)
+    names = [event.name for event in profiled.events()]
+    return sum(name.startswith("c10d::") and "reduce_scatter" in name for name in names)
+
+
+def test_whole_gradients_are_reduced_once_a_step():
+    (each,), (once,) = (set(run_ranks(reductions, 4, name)) for name in ("world", "none"))
+    assert each == 2 * once > 0
+
+
+def save_sharded(root):
+    state = make_state(ParallelConfig(inner=2), sharding=ShardingConfig("node", "node", "node", node=2))
+    steps(state, 0, 2)
+    save_checkpoint(checkpoint_folder(root), state.model, state.optimizer, Position(2, 0, 8), keep=1)
+    steps(state, 2, 1)
+    return whole_weights(state.model)
+
+
+def test_a_checkpoint_continues_under_another_sharding(tmp_path):
+    expected = run_ranks(save_sharded, 4, str(tmp_path))[0]
+    resumed = run_ranks(continue_after_two, 4, ParallelConfig(inner=2), str(tmp_path))[0]
+    for name, weight in expected.items():
+        assert (resumed[name] - weight).abs().max() < 1e-9, name

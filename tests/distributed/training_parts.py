@@ -5,7 +5,16 @@ from pathlib import Path
 import torch
 
 from longvila.apply import apply_folds
-from longvila.config import PARTS, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, Phase, StageConfig
+from longvila.config import (
+    PARTS,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    Phase,
+    ShardingConfig,
+    StageConfig,
+)
 from longvila.parallel.batch import frame_share, shift_labels
 from longvila.parallel.fold import make_fold
 from longvila.shards.bad import BadSamples
@@ -19,19 +28,19 @@ RATE = 1e-3
 OPTIMIZER = OptimizerConfig(weight_decay=0.1, clip=0.5)
 
 
-def make_config(parallel: ParallelConfig, trains=PARTS) -> StageConfig:
+def make_config(parallel: ParallelConfig, trains=PARTS, sharding=ShardingConfig()) -> StageConfig:  # noqa: B008
     phase = Phase("only", 4, DataConfig(sources=()), RATE)
     return StageConfig("test", "tiny", None, ModelConfig("", None, ""), trains, (phase,), parallel=parallel,
-                       optimizer=OPTIMIZER)  # fmt: skip
+                       optimizer=OPTIMIZER, sharding=sharding)  # fmt: skip
 
 
-def make_state(parallel: ParallelConfig, trains=PARTS) -> TrainingState:
+def make_state(parallel: ParallelConfig, trains=PARTS, sharding=ShardingConfig()) -> TrainingState:  # noqa: B008
     fold = make_fold(parallel, "cpu")
     model = make_model()
     choose_trained(model, trains)
-    apply_folds(model, fold)
+    apply_folds(model, fold, sharding=sharding)
     optimizer = make_optimizer(model, OPTIMIZER)
-    return TrainingState(make_config(parallel, trains), fold, torch.device("cpu"), model, None, optimizer)
+    return TrainingState(make_config(parallel, trains, sharding), fold, torch.device("cpu"), model, None, optimizer)
 
 
 def make_rows(fold, indices) -> list[Row]:
