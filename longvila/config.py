@@ -96,6 +96,11 @@ class OptimizerConfig:
     eps: float = 1e-8
     clip: float = 1.0
     """Bound of the global gradient norm; 0 turns clipping off (the norm is still reported)."""
+    skip_norm: float | None = None
+    """A step is skipped, weights and moments untouched, when its loss or gradient norm (before clipping) is not finite,
+    or the norm is above this."""
+    max_skipped: int = 10
+    """Steps that may be skipped in a row before the run stops."""
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,8 @@ def gather(run: Path) -> dict[str, Any]:
 
 def _stage(folder: Path) -> dict[str, Any]:
     """One finished stage: its summary, minutes, and loss curve."""
-    summary, metrics = _read_json(folder / "summary.json"), _read_lines(folder / "metrics.jsonl")
+    summary = _read_json(folder / "summary.json")
+    metrics = [line for line in _read_lines(folder / "metrics.jsonl") if not line.get("skipped")]
     # A stage that was resumed knows the time of its last session only; its steps know theirs.
     seconds = max(summary["seconds"], sum(line.get("seconds", 0.0) for line in metrics))
     tenth = max(1, len(metrics) // 10)

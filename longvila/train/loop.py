@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -37,6 +38,7 @@ from longvila.shards.loader import RowLoader
 from longvila.shards.rows import Row
 from longvila.train.checkpoint import Position, load_checkpoint, save_checkpoint
 from longvila.train.feed import RowFeed, Step
+from longvila.train.interrupt import StopSignal
 from longvila.train.memory import memory_table
 from longvila.train.metrics import Metrics, read_jsonl
 from longvila.train.optimizer import (
@@ -91,6 +93,7 @@ class TrainingState:
     model: LongVilaModel
     tokenizer: PreTrainedTokenizerBase
     optimizer: torch.optim.Optimizer
+    skipped_in_a_row: int = 0
 
 
 def claim_folder(folder: Path, config: StageConfig) -> bool:
@@ -159,7 +162,8 @@ def _run_steps(state: TrainingState, folder: Path, data: Path) -> None:
         log.info("%s continues at step %d", config.name, position.step)
     feed: RowFeed | None = None
     bad = folder / f"bad-{state.fold.data_rank}.jsonl"
-    with Metrics(folder, config.name, config.steps, position.step, active=dist.get_rank() == 0) as metrics:
+    stop = StopSignal()
+    with stop, Metrics(folder, config.name, config.steps, position.step, active=dist.get_rank() == 0) as metrics:
         for step in range(position.step, config.steps):
             index, step_of_phase = phase_at(config, step)
             phase = config.phases[index]
@@ -178,16 +182,23 @@ def _run_steps(state: TrainingState, folder: Path, data: Path) -> None:
             figures = take_step(state, batch, rate)
             metrics.record(step + 1, {"phase": phase.name, **figures, "seconds": time.time() - started})
             done = step + 1
-            if config.checkpoint_every and done % config.checkpoint_every == 0 and done < config.steps:
+            stopped = any_rank(stop.requested)
+            due = config.checkpoint_every and done % config.checkpoint_every == 0
+            if done < config.steps and (due or stopped):
                 position = Position(done, feed.epoch, feed.rows)
                 save_checkpoint(folder / "checkpoints", state.model, state.optimizer, position, config.checkpoints_kept)
+            if done < config.steps and stopped:
+                raise LongvilaError(
+                    f"{config.name} was told to stop (SIGTERM) and saved step {done} of {config.steps}; the same "
+                    f"command goes on from there"
+                )
 
 
 def take_step(state: TrainingState, batch: Step, rate: float) -> dict[str, float]:
     """One optimizer step; returns its figures, equal on all ranks.
 
     Raises:
-        LongvilaError: on every rank, when the loss or the gradient norm is not finite.
+        LongvilaError: on every rank, when a step has no target, or too many in a row had to be skipped.
     """
     if batch.num_targets == 0:
         raise LongvilaError(f"no target token in the whole step (samples {[row.keys for row in batch.rows]})")
@@ -213,18 +224,35 @@ def take_step(state: TrainingState, batch: Step, rate: float) -> dict[str, float
     clip = state.config.optimizer.clip or float("inf")
     norm = torch.nn.utils.clip_grad_norm_(trained, clip)
     grad_norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-    if not (abs(loss) < float("inf") and grad_norm < float("inf")):
-        raise LongvilaError(f"loss {loss}, gradient norm {grad_norm} on samples {[row.keys for row in batch.rows]}")
-    set_learning_rate(state.optimizer, rate)
-    state.optimizer.step()
+    bound = state.config.optimizer.skip_norm or float("inf")
+    skipped = not (math.isfinite(loss) and math.isfinite(grad_norm) and grad_norm <= bound)
+    if skipped:
+        _count_skipped(state, f"loss {loss:g}, gradient norm {grad_norm:g}", [row.keys for row in batch.rows])
+    else:
+        state.skipped_in_a_row = 0
+        set_learning_rate(state.optimizer, rate)
+        state.optimizer.step()
     return {
         "loss": loss,
+        "skipped": int(skipped),
         "lr": rate,
         "grad_norm": grad_norm,
         "target_tokens": batch.num_targets,
         # The ranks of a sequence group all counted the same rows.
         **{name: total / state.fold.num_sequence for name, total in zip(counted, sums, strict=True)},
     }
+
+
+def _count_skipped(state: TrainingState, figures: str, keys: list[tuple[str, ...]]) -> None:
+    """Every rank sees the same figures, so that all skip a step or none."""
+    state.skipped_in_a_row += 1
+    log.warning("step skipped, %s, on samples %s", figures, keys)
+    if state.skipped_in_a_row > state.config.optimizer.max_skipped:
+        raise LongvilaError(
+            f"{state.skipped_in_a_row} steps in a row were skipped (optimizer.max_skipped is "
+            f"{state.config.optimizer.max_skipped}); the last: {figures}, on samples {keys}; lower the learning rate, "
+            f"or look at those samples"
+        )
 
 
 def list_bad(path: Path, bad: BadSamples) -> None:

@@ -1,10 +1,15 @@
 """Steps on several ranks give the weights of one process, and a checkpoint continues on another number of ranks."""
 
+import dataclasses
+import itertools
+
 import pytest
 import torch
+import torch.distributed as dist
 
 from longvila.config import ParallelConfig, ShardingConfig
-from longvila.parallel.launch import run_ranks
+from longvila.parallel.launch import RankError, run_ranks
+from longvila.train import loop
 from longvila.train.checkpoint import Position, checkpoints, load_checkpoint, save_checkpoint
 from longvila.train.feed import Step
 from longvila.train.gradients import make_model, make_row, reference
@@ -200,3 +205,44 @@ def test_a_checkpoint_continues_under_another_sharding(tmp_path):
     resumed = run_ranks(continue_after_two, 4, ParallelConfig(inner=2), str(tmp_path))[0]
     for name, weight in expected.items():
         assert (resumed[name] - weight).abs().max() < 1e-9, name
+
+
+def poison(steps_with_nan):
+    """Makes the loss of one rank not a number at some calls, from 0, and takes five steps."""
+    state = make_state(ParallelConfig(inner=2))
+    real, calls = loop.forward_row, itertools.count()
+
+    def forward_row(state, row):
+        loss = real(state, row)
+        return loss * float("nan") if next(calls) // NUM_ROWS in steps_with_nan and dist.get_rank() == 1 else loss
+
+    loop.forward_row = forward_row
+    figures, weights = [], []
+    for step in range(5):
+        figures += steps(state, step, 1)
+        weights.append(whole_weights(state.model))
+    return [one["skipped"] for one in figures], weights
+
+
+def test_a_step_that_is_not_finite_is_skipped_by_all_ranks_and_changes_nothing():
+    clean = run_ranks(poison, 2, ())[0][1]
+    for skipped, weights in run_ranks(poison, 2, (2, 3)):
+        assert skipped == [0, 0, 1, 1, 0]
+        for name in clean[0]:
+            assert torch.equal(weights[1][name], clean[1][name])
+            assert torch.equal(weights[3][name], weights[1][name])
+        assert any(not torch.equal(weights[4][name], weights[3][name]) for name in clean[0])
+
+
+def poison_all(bound):
+    state = make_state(ParallelConfig(inner=2))
+    state.config = dataclasses.replace(state.config, optimizer=dataclasses.replace(OPTIMIZER, **bound))
+    steps(state, 0, 5)
+
+
+@pytest.mark.parametrize("bound", [{"skip_norm": 1e-9, "max_skipped": 2}])
+def test_too_many_skipped_steps_in_a_row_stop_every_rank_and_name_the_samples(bound):
+    with pytest.raises(RankError, match=r"3 steps in a row were skipped") as caught:
+        run_ranks(poison_all, 2, bound)
+    assert str(caught.value).count("LongvilaError: 3 steps in a row were skipped") == 2
+    assert "row8-0" in str(caught.value)

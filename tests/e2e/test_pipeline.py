@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -129,6 +131,33 @@ def test_a_run_broken_off_and_resumed_gives_the_same_weights_bit_for_bit(trained
     resumed = load_file(again / "align" / "model" / "model.safetensors")
     assert all(torch.equal(weight, resumed[name]) for name, weight in whole.items())
     assert len((again / "align" / "metrics.jsonl").read_text().splitlines()) == 6
+
+
+def test_a_run_that_is_told_to_stop_saves_and_goes_on_from_there(trained):
+    stage = write_stage(trained, "align")
+    options = [stage, "--set", "parallel.inner=1", "--set", "phases.1.steps=60", "--set", "checkpoint_every=0"]
+    runs = {name: trained / name for name in ("whole", "stopped")}
+    for folder in runs.values():
+        folder.mkdir()
+        for name in ("data", "models"):
+            (folder / name).symlink_to(trained / name)
+    run("train", *options, "--models", trained / "models", "--run", runs["whole"])
+    command = [sys.executable, "-m", "longvila.cli", "train", *options, "--models", trained / "models"]
+    process = subprocess.Popen(
+        [*map(str, command), "--run", str(runs["stopped"])], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    lines = runs["stopped"] / "align" / "metrics.jsonl"
+    while process.poll() is None and (not lines.exists() or lines.read_text().count("\n") < 5):
+        time.sleep(0.02)
+    process.terminate()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    saved = int(re.search(r"was told to stop \(SIGTERM\) and saved step (\d+) of 63", errors)[1])
+    assert [path.name for path in (runs["stopped"] / "align" / "checkpoints").iterdir()] == [f"step-{saved:06d}"]
+    run("train", *options, "--models", trained / "models", "--run", runs["stopped"])
+    whole, stopped = (load_file(folder / "align" / "model" / "model.safetensors") for folder in runs.values())
+    assert all(torch.equal(weight, stopped[name]) for name, weight in whole.items())
 
 
 def test_a_finished_stage_is_not_trained_again(trained):
