@@ -18,7 +18,7 @@ from .scales import stage
 TINY = (
     Phase(
         name="1_frame",
-        steps=800,
+        steps=700,
         learning_rate=1.5e-3,
         data=DataConfig((SourceConfig("images"),), FrameSampling("uniform", frames=1), row_tokens=1024),
     ),

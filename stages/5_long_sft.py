@@ -28,8 +28,8 @@ def tiny(frames: int, row_tokens: int, steps: int, learning_rate: float, *source
 
 
 TINY = (
-    tiny(32, 2048, 300, 1e-3, "short", "medium"),
-    tiny(128, 4096, 110, 5e-4, "medium", "long"),
+    tiny(32, 2048, 400, 1e-3, "short", "medium"),
+    tiny(128, 4096, 180, 5e-4, "medium", "long"),
 )
 
 SMALL = (replace(TINY[0], steps=25, learning_rate=1e-4), replace(TINY[1], steps=12, learning_rate=1e-4))

@@ -81,7 +81,7 @@ def independent(questions: list[Question], limit: int) -> list[Question]:
 
 
 def needle_questions(needle: Needle, rng: random.Random) -> list[tuple[str, str]]:
-    """(question, answer) pairs about the card in the magenta frame, in random order."""
+    """(question, answer) pairs about the card in the magenta frame; mostly the colour first, which is learned last."""
     if isinstance(needle.content, int):
         return [("What number is in the magenta frame?", str(needle.content))]
     colour, shape = needle.content
@@ -89,7 +89,7 @@ def needle_questions(needle: Needle, rng: random.Random) -> list[tuple[str, str]
         ("What shape is in the magenta frame?", shape),
         ("What color is the shape in the magenta frame?", colour),
     ]
-    return rng.sample(pairs, 2)
+    return pairs[::-1] if rng.random() < 0.75 else pairs
 
 
 def position_question(thing: Object, position: str, positions: tuple[str, ...], rng: random.Random) -> Question:

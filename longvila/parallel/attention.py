@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 
 import torch
@@ -153,33 +154,34 @@ def _context_attention(
     folded = _by_handle[handle]
     program = folded.plan.program(folded.fold.part, Mask(causal, window))
     held: _Held = {("keys", program.rank): (k, v), ("queries", program.rank): (q,)}
-    mine = _no_answer(q)
+    mine = _Answer(q)
 
     def absorb(totals: tuple[Tensor, ...], parts: tuple[Tensor, ...]) -> None:
         _merge(*totals, *parts)
 
-    answers = _Returns(program, "queries", folded.fold.return_links, mine, absorb)
+    answers = _Returns(program, "queries", folded.fold.return_links, mine.tensors, absorb)
     fetches = _Fetches(program, folded.fold.links, held)
     for index in program.indices:
         fetches.move(index)
         for step in program.steps_at(index):
             if step.cargo == "keys":
-                (queries,), (keys, values), (out, lse) = (q,), held["keys", step.owner], mine
+                (queries,), (keys, values), answer = (q,), held["keys", step.owner], mine
             else:
                 (queries,), (keys, values) = held["queries", step.owner], (k, v)
-                out, lse = answers.open(step.owner, _no_answer(queries))
+                answer = _Answer(queries)
+                answers.open(step.owner, answer.tensors)
             with timed(f"ns step {index}"):
                 for task in step.tasks:
                     rows, columns = slice(*task.q), slice(*task.k)
                     block = block_forward(
                         queries[:, :, rows], keys[:, :, columns], values[:, :, columns], task.kind, scale
                     )
-                    _merge(out[:, :, rows], lse[:, :, rows], *block)
+                    answer.add(task.q, *block)
         answers.move(index)
     fetches.finish()
     answers.finish()
-    out, lse = mine
-    return out.to(q.dtype, copy=True), lse
+    out, lse = mine.tensors
+    return out.to(q.dtype), lse
 
 
 @_context_attention.register_fake
@@ -419,10 +421,33 @@ def _rank_in(group: dist.ProcessGroup, links: Links, part: int) -> int:
     return part if group is links.outer else part % dist.get_world_size(group)
 
 
-def _no_answer(q: Tensor) -> tuple[Tensor, Tensor]:
-    """Totals of queries that have seen no key yet."""
-    exact = _exact(q.dtype)
-    return _zeros(q, exact), torch.full(q.shape[:3], -torch.inf, dtype=exact, device=q.device)
+class _Answer:
+    """Output and log-sum-exp of queries, from the blocks of keys seen so far."""
+
+    def __init__(self, q: Tensor) -> None:
+        exact = _exact(q.dtype)
+        lse = torch.full(q.shape[:3], -torch.inf, dtype=exact, device=q.device)
+        self.tensors = _zeros(q, exact), lse
+        self._seen: list[Span] = []
+
+    def add(self, span: Span, block_out: Tensor, block_lse: Tensor) -> None:
+        """Takes in what the queries in `span` found in one block."""
+        out, lse = (x[:, :, slice(*span)] for x in self.tensors)
+        if self._see(span):
+            out.copy_(block_out)  # their first keys: nothing to weigh against, and passes over them saved
+            lse.copy_(block_lse)
+        else:
+            _merge(out, lse, block_out, block_lse)
+
+    def _see(self, span: Span) -> bool:
+        """Whether these queries see their first keys; from now on they have. `_seen` is ascending, without overlap."""
+        begin = bisect_left(self._seen, span[0], key=lambda seen: seen[1])
+        end = bisect_right(self._seen, span[1], key=lambda seen: seen[0])
+        touched = self._seen[begin:end]
+        first = all(stop == span[0] or start == span[1] for start, stop in touched)
+        joined = (min([span[0], *(s for s, _ in touched)]), max([span[1], *(s for _, s in touched)]))
+        self._seen[begin:end] = [joined]
+        return first
 
 
 def _zeros(x: Tensor, dtype: torch.dtype) -> Tensor:

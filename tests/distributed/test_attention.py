@@ -1,5 +1,7 @@
 """Attention over a fold against a dense mask on one process, fp64, and its refusals."""
 
+import random
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -19,7 +21,7 @@ from longvila.bench.exact import (
 from longvila.config import ParallelConfig
 from longvila.errors import ConfigError
 from longvila.parallel import attention
-from longvila.parallel.attention import FoldedPlan
+from longvila.parallel.attention import FoldedPlan, _Answer
 from longvila.parallel.blocks import Mask
 from longvila.parallel.choose import LAYOUTS, make_plan
 from longvila.parallel.fold import make_fold
@@ -206,3 +208,13 @@ def many_heads():
 
 def test_heads_that_eight_ranks_do_not_divide():
     assert max(run_ranks(many_heads, 8)) < 1e-12
+
+
+def test_an_answer_knows_which_queries_see_their_first_keys():
+    random.seed(0)
+    for _ in range(200):
+        answer, seen = _Answer(torch.zeros(1, 1, 40, 1)), set()
+        for _ in range(12):
+            start, stop = sorted(random.sample(range(41), 2))
+            assert answer._see((start, stop)) == seen.isdisjoint(range(start, stop))
+            seen.update(range(start, stop))
