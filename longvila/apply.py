@@ -84,7 +84,7 @@ def apply_folds(
     precision: str = "fp32",
     recompute: RecomputeName = "none",
     recompute_keeps: Collection[int] | None = None,
-    sharding: ShardingConfig | None = ShardingConfig(),  # noqa: B008
+    sharding: ShardingConfig | None = ShardingConfig(),
 ) -> None:
     """Makes `model` (a LongVilaModel, or a causal language model of transformers) run under `fold`, in place.
 

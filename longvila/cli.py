@@ -257,7 +257,7 @@ def gradients(
 @functools.partial(verb, of=benches)
 def attention(
     json_: Annotated[Path | None, typer.Option("--json", help="The file to write.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Under a minute: fewer packs, layouts and repeats.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Under a minute: fewer sizes, layouts and repeats.")] = False,
 ) -> None:
     """The attention engine: exactness, balance, bytes, time, checkpointing policies, and peers in the same run."""
     from longvila.bench.attention import run
@@ -305,10 +305,10 @@ def _print_table(title: str, rows: list[dict[str, Any]], note: str = "") -> None
 
     table = Table(title=f"{title}: {note}" if note else title, title_justify="left", box=None, header_style="bold")
     for name in rows[0]:
-        table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
+        table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right", no_wrap=True)
     for row in rows:
         table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
-    output.print(table)
+    output.print(table, width=200, crop=False)  # a log has no width, and a terminal may scroll
 
 
 def _print_bars(figures: dict[str, Any]) -> None:

@@ -10,8 +10,9 @@ from dataclasses import asdict
 from typing import Any
 
 from longvila.bench import balance, exact, kept, peers, steps, volume
-from longvila.config import LayoutName, RoutingName
+from longvila.config import LayoutName
 from longvila.parallel.blocks import Mask
+from longvila.parallel.choose import LAYOUTS
 
 Rows = list[dict[str, Any]]
 MODEL = (
@@ -30,7 +31,7 @@ def run(quick: bool, show: Callable[[str, Rows, str], None]) -> dict[str, Any]:
     """Runs all sections and returns what is written as JSON.
 
     Args:
-        quick: fewer packs, masks, repeats and layouts; under a minute on two cores.
+        quick: fewer masks, sizes, repeats and layouts; under a minute on two cores.
         show: called with (title, rows, note) as each section is done.
     """
     figures: dict[str, Any] = {"quick": quick}
@@ -46,9 +47,9 @@ def run(quick: bool, show: Callable[[str, Rows, str], None]) -> dict[str, Any]:
     errors = [asdict(one) for one in exact.measure((1, 2, 3, 4), masks, rows, heads)]
     section("exact", errors, "largest error of out, dq, dk, dv in fp64 against a dense mask on one process")
 
-    few: list[tuple[LayoutName, RoutingName]] = [("joint", "direct"), ("document_zigzag", "direct")]
-    parts, seeds, variants = ((4, 8), 20, few[:1]) if quick else ((4, 8, 16, 64), 20, None)
-    balances = section("balance", [one.as_json() for one in balance.measure(parts, seeds, variants)], MODEL)
+    parts = (4, 8) if quick else (4, 8, 16, 64)
+    layouts: list[LayoutName] = ["joint"] if quick else list(LAYOUTS)
+    balances = section("balance", [asdict(one) for one in balance.measure(parts, 20, layouts)], MODEL)
 
     volumes = section("bytes", [asdict(one) for one in volume.measure()], "of all ranks, one layer, both passes")
     ratio = volume.lightseq_volume_ratio()

@@ -106,10 +106,8 @@ def _formula(name: str, parallel: ParallelConfig, lengths: tuple[int, ...]) -> C
     total = sum(lengths)
     found: Counter[str] = Counter()
     if head > 1:  # each way, for each rank: (h - 1) / h of its tokens' q, k, v and out
-        found["heads"] = (
-            2 * parts * (head - 1) * (total // parts) * (2 * HEADS + 2 * max(KV_HEADS, head)) * HEAD_DIM * 2
-        )
-        found["heads"] //= head
+        numbers = (2 * HEADS + 2 * max(KV_HEADS, head)) * HEAD_DIM
+        found["heads"] = 2 * total * numbers * 2 * (head - 1) // head
     kv_numbers = 2 * max(KV_HEADS, head) // head * HEAD_DIM  # of a token, on one head rank
     chunk = total // parts
     ranks = parts * head

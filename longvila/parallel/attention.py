@@ -21,19 +21,19 @@ from __future__ import annotations
 import itertools
 import weakref
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from longvila.errors import ConfigError
 from longvila.parallel.blocks import Mask, Span
 from longvila.parallel.exchange import all_to_all
-from longvila.parallel.fold import Fold, Links
+from longvila.parallel.fold import Fold
 from longvila.parallel.kernel import block_backward, block_forward
-from longvila.parallel.plan import Cargo, Plan, Program, Transfer
-from longvila.parallel.traffic import count, timed
+from longvila.parallel.messages import Fetches, Held, Returns
+from longvila.parallel.plan import Plan
+from longvila.parallel.traffic import timed
 
 _handles = itertools.count()
 _by_handle: weakref.WeakValueDictionary[int, FoldedPlan] = weakref.WeakValueDictionary()
@@ -54,7 +54,7 @@ class FoldedPlan:
         """Tokens of this rank outside attention."""
         _by_handle[self.handle] = self
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Mask = Mask(), layer: int = -1) -> Tensor:  # noqa: B008
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Mask = Mask(), layer: int = -1) -> Tensor:
         """Attention within each document of the row.
 
         Args:
@@ -153,14 +153,14 @@ def _context_attention(
     """Step 2: attention of the heads at hand over all context ranks. Returns out, and lse in the accumulation type."""
     folded = _by_handle[handle]
     program = folded.plan.program(folded.fold.part, Mask(causal, window))
-    held: _Held = {("keys", program.rank): (k, v), ("queries", program.rank): (q,)}
+    held: Held = {("keys", program.rank): (k, v), ("queries", program.rank): (q,)}
     mine = _Answer(q)
 
     def absorb(totals: tuple[Tensor, ...], parts: tuple[Tensor, ...]) -> None:
         _merge(*totals, *parts)
 
-    answers = _Returns(program, "queries", folded.fold.return_links, mine.tensors, absorb)
-    fetches = _Fetches(program, folded.fold.links, held)
+    answers = Returns(program, "queries", folded.fold.return_links, mine.tensors, absorb)
+    fetches = Fetches(program, folded.fold.links, held)
     for index in program.indices:
         fetches.move(index)
         for step in program.steps_at(index):
@@ -196,16 +196,16 @@ def _context_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     folded = _by_handle[handle]
     program = folded.plan.program(folded.fold.part, Mask(causal, window))
-    held: _Held = {("keys", program.rank): (k, v), ("queries", program.rank): (grad_out, q, out, lse)}
+    held: Held = {("keys", program.rank): (k, v), ("queries", program.rank): (grad_out, q, out, lse)}
     dq, dk, dv = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (q, k, v))
 
     def absorb(totals: tuple[Tensor, ...], parts: tuple[Tensor, ...]) -> None:
         for total, part in zip(totals, parts, strict=True):
             total += part
 
-    key_returns = _Returns(program, "keys", folded.fold.return_links, (dk, dv), absorb)
-    query_returns = _Returns(program, "queries", folded.fold.return_links, (dq,), absorb)
-    fetches = _Fetches(program, folded.fold.links, held)
+    key_returns = Returns(program, "keys", folded.fold.return_links, (dk, dv), absorb)
+    query_returns = Returns(program, "queries", folded.fold.return_links, (dq,), absorb)
+    fetches = Fetches(program, folded.fold.links, held)
     for index in program.indices:
         fetches.move(index)
         for step in program.steps_at(index):
@@ -216,14 +216,13 @@ def _context_attention_backward(
                 (dqueries,) = query_returns.open(step.owner, (_zeros(queries, lse.dtype),))
             elif step.owner != program.rank or key_returns.travels:
                 dkeys, dvalues = key_returns.open(step.owner, (_zeros(keys, lse.dtype), _zeros(values, lse.dtype)))
-            with timed(f"ns backward step {index}"):
-                for task in step.tasks:
-                    rows, columns = slice(*task.q), slice(*task.k)
-                    block = block_backward(
-                        grads[:, :, rows], queries[:, :, rows], keys[:, :, columns], values[:, :, columns],
-                        outs[:, :, rows], lses[:, :, rows], task.kind, scale,
-                    )  # fmt: skip
-                    absorb((dqueries[:, :, rows], dkeys[:, :, columns], dvalues[:, :, columns]), block)
+            for task in step.tasks:
+                rows, columns = slice(*task.q), slice(*task.k)
+                block = block_backward(
+                    grads[:, :, rows], queries[:, :, rows], keys[:, :, columns], values[:, :, columns],
+                    outs[:, :, rows], lses[:, :, rows], task.kind, scale,
+                )  # fmt: skip
+                absorb((dqueries[:, :, rows], dkeys[:, :, columns], dvalues[:, :, columns]), block)
         key_returns.move(index)
         query_returns.move(index)
     fetches.finish()
@@ -251,174 +250,6 @@ def _backward(ctx, grad_out: Tensor, _grad_lse):
 
 
 _context_attention.register_autograd(_backward, setup_context=_setup)
-
-_Held = dict[tuple[Cargo, int], tuple[Tensor, ...]]
-
-
-class _Fetches:
-    """Brings the keys and queries that the program names into `held`, and sends this rank's, in the planned order.
-
-    A message for each tensor, cut along dim 2 to the transfer's tokens.
-    """
-
-    def __init__(self, program: Program, links: Links, held: _Held) -> None:
-        self._program, self._links, self._held = program, links, held
-        self._mail = _Mail()
-
-    def move(self, index: int) -> None:
-        """Waits for what step `index` needs, then posts what is to be posted at it."""
-        self._mail.wait(step=index)
-        me = self._program.rank
-        for batch in _batches(t for t in self._program.fetches if t.posted == index):
-            outgoing, incoming = [], []
-            for transfer in batch:
-                if transfer.source == me:
-                    outgoing.append((transfer, self._cargo(transfer)))
-                else:
-                    like = self._held[transfer.cargo, me]
-                    blocks = tuple(x.new_empty(_resized(x, transfer.num_tokens)) for x in like)
-                    self._held[transfer.cargo, transfer.owner] = blocks
-                    incoming.append((transfer, blocks))
-            self._mail.post(self._links, outgoing, incoming)
-
-    def _cargo(self, transfer: Transfer) -> tuple[Tensor, ...]:
-        tensors = self._held[transfer.cargo, transfer.owner]
-        if transfer.owner != self._program.rank:  # passed on as it came
-            return tensors
-        return tuple(_take(x, transfer.spans) for x in tensors)
-
-    def finish(self) -> None:
-        self._mail.finish()
-
-
-class _Returns:
-    """Carries results to the rank that owns the tokens they are for, adding up what meets on the way.
-
-    Args:
-        cargo: whose results: gradients of `keys`, or outputs or gradients of `queries`.
-        mine: this rank's own totals, over all its tokens.
-        absorb: adds parts to totals, in place.
-    """
-
-    def __init__(
-        self,
-        program: Program,
-        cargo: Cargo,
-        links: Links,
-        mine: tuple[Tensor, ...],
-        absorb: Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], None],
-    ) -> None:
-        self._program, self._links, self._mine, self._absorb = program, links, mine, absorb
-        self._returns = [transfer for transfer in program.returns if transfer.cargo == cargo]
-        self.travels = any(t.owner == t.source == program.rank for t in self._returns)
-        """Whether this rank's results for its own tokens go round with those of the others, as in a ring."""
-        self._open: dict[int, tuple[Tensor, ...]] = {}
-        self._arrived: list[tuple[Transfer, tuple[Tensor, ...]]] = []
-        self._mail = _Mail()
-
-    def open(self, owner: int, totals: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Starts totals for the tokens of `owner` that were sent here."""
-        self._open[owner] = totals
-        return totals
-
-    def move(self, index: int) -> None:
-        """Posts what is to be posted at step `index`, after its tasks."""
-        me = self._program.rank
-        for batch in _batches(t for t in self._returns if t.posted == index):
-            outgoing = [(t, self._close(t)) for t in batch if t.source == me]
-            incoming = []
-            for transfer in batch:
-                if transfer.source != me:
-                    blocks = tuple(x.new_empty(_resized(x, transfer.num_tokens)) for x in self._mine)
-                    incoming.append((transfer, blocks))
-            self._mail.post(self._links, outgoing, incoming)
-            self._arrived += incoming
-
-    def _close(self, transfer: Transfer) -> tuple[Tensor, ...]:
-        """What this rank and those before it have for `transfer.owner`; theirs was posted at an earlier step."""
-        totals = self._open.pop(transfer.owner, None)
-        for before in [entry for entry in self._arrived if entry[0].owner == transfer.owner]:
-            if before[0].posted < transfer.posted:
-                self._arrived.remove(before)
-                self._mail.wait_for(before[0])
-                if totals is None:
-                    totals = before[1]
-                else:
-                    self._absorb(totals, before[1])
-        if totals is None:  # a relay passes here, and this rank had nothing to compute
-            totals = tuple(x.new_zeros(_resized(x, transfer.num_tokens)) for x in self._mine)
-        return totals
-
-    def finish(self) -> None:
-        """Adds what came for this rank's own tokens, in the order of steps, so that sums do not depend on timing."""
-        for transfer, blocks in self._arrived:
-            self._mail.wait_for(transfer)
-            offset = 0
-            for start, stop in transfer.spans:
-                piece = slice(offset, offset + stop - start)
-                self._absorb(tuple(x[:, :, start:stop] for x in self._mine), tuple(x[:, :, piece] for x in blocks))
-                offset += stop - start
-        self._mail.finish()
-
-
-class _Mail:
-    """Posted messages that have not been waited for."""
-
-    def __init__(self) -> None:
-        self._receives: dict[Transfer, list[dist.Work]] = {}
-        self._sends: list[tuple[dist.Work, object]] = []
-
-    def post(
-        self,
-        links: Links,
-        outgoing: list[tuple[Transfer, tuple[Tensor, ...]]],
-        incoming: list[tuple[Transfer, tuple[Tensor, ...]]],
-    ) -> None:
-        """Posts one batch over one link class. NCCL makes it one operation, and its order is that of the program."""
-        ops = []
-        for send, pairs in ((True, outgoing), (False, incoming)):
-            for transfer, tensors in pairs:
-                group = links.inner if transfer.link == "inner" else links.outer
-                peer = _rank_in(group, links, transfer.target if send else transfer.source)
-                for x in tensors:
-                    ops.append(dist.P2POp(dist.isend if send else dist.irecv, x, group=group, group_peer=peer))
-                    if send:
-                        count(f"bytes {transfer.cargo} {transfer.link}", x.numel() * x.element_size())
-        if not ops:
-            return
-        works = dist.batch_isend_irecv(ops)
-        if len(works) < len(ops):  # NCCL: one work for all
-            works = [works[0]] * len(ops)
-        remaining = iter(works)
-        for _, tensors in outgoing:
-            self._sends += [(next(remaining), x) for x in tensors]  # a send reads its tensor until it is done
-        for transfer, tensors in incoming:
-            self._receives[transfer] = [next(remaining) for _ in tensors]
-
-    def wait(self, step: int) -> None:
-        """Waits for the messages that are needed at `step`."""
-        for transfer in [transfer for transfer in self._receives if transfer.step == step]:
-            self.wait_for(transfer)
-
-    def wait_for(self, transfer: Transfer) -> None:
-        for work in self._receives.pop(transfer):
-            work.wait()
-
-    def finish(self) -> None:
-        """Waits for all sends."""
-        for work, _ in self._sends:
-            work.wait()
-        self._sends.clear()
-
-
-def _batches(transfers) -> list[list[Transfer]]:
-    """Transfers that go as one operation: those of one step over one link class."""
-    return [list(batch) for _, batch in itertools.groupby(transfers, key=lambda t: (t.posted, t.step, t.link))]
-
-
-def _rank_in(group: dist.ProcessGroup, links: Links, part: int) -> int:
-    """The rank in `group` of a context rank. Inner rings are cut from the context group one after the other."""
-    return part if group is links.outer else part % dist.get_world_size(group)
 
 
 class _Answer:
@@ -457,16 +288,6 @@ def _zeros(x: Tensor, dtype: torch.dtype) -> Tensor:
 def _exact(dtype: torch.dtype) -> torch.dtype:
     """The type in which partial results are added up."""
     return torch.promote_types(dtype, torch.float32)
-
-
-def _resized(x: Tensor, num_tokens: int) -> tuple[int, ...]:
-    return (*x.shape[:2], num_tokens, *x.shape[3:])
-
-
-def _take(x: Tensor, spans: tuple[Span, ...]) -> Tensor:
-    if len(spans) == 1:
-        return x[:, :, slice(*spans[0])].contiguous()
-    return torch.cat([x[:, :, start:stop] for start, stop in spans], dim=2)
 
 
 def _merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:

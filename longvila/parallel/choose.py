@@ -89,7 +89,7 @@ def choose(
     head: int,
     shape: Shape,
     masks: tuple[Mask, ...] = (Mask(),),
-    machine: Machine = Machine(),  # noqa: B008
+    machine: Machine = Machine(),
 ) -> Choice:
     """The layout and routing with the least predicted time over layers of these masks; of equals, the fewest bytes.
 

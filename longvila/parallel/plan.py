@@ -153,7 +153,7 @@ class Plan:
         total = len(local)
         return local[total * head // self.head : total * (head + 1) // self.head]
 
-    def program(self, rank: int, mask: Mask = Mask()) -> Program:  # noqa: B008 (a named tuple of constants)
+    def program(self, rank: int, mask: Mask = Mask()) -> Program:
         """What context rank `rank` does under `mask`."""
         key = (rank, mask)
         if key not in self._programs:

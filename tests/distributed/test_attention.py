@@ -20,7 +20,7 @@ from longvila.bench.exact import (
 )
 from longvila.config import ParallelConfig
 from longvila.errors import ConfigError
-from longvila.parallel import attention
+from longvila.parallel import attention, messages
 from longvila.parallel.attention import FoldedPlan, _Answer
 from longvila.parallel.blocks import Mask
 from longvila.parallel.choose import LAYOUTS, make_plan
@@ -113,12 +113,12 @@ def test_a_fold_that_does_not_divide_the_world_is_refused_on_every_rank():
 
 
 def _lose_a_block():
-    real = attention._Fetches._cargo
-    attention._Fetches._cargo = lambda self, transfer: tuple(0 * x for x in real(self, transfer))
+    real = messages.Fetches._cargo
+    messages.Fetches._cargo = lambda self, transfer: tuple(0 * x for x in real(self, transfer))
 
 
 def _lose_a_gradient():
-    attention._Returns.finish = lambda self: self._mail.finish()
+    messages.Returns.finish = lambda self: self._mail.finish()
 
 
 def _swap_two_chunks():

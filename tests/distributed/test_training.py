@@ -33,7 +33,7 @@ def steps(state, first, count):
     return figures
 
 
-def train_three_steps(parallel, sharding=ShardingConfig()):  # noqa: B008
+def train_three_steps(parallel, sharding=ShardingConfig()):
     state = make_state(parallel, sharding=sharding)
     figures = steps(state, 0, 3)
     return figures, whole_weights(state.model)

@@ -28,13 +28,13 @@ RATE = 1e-3
 OPTIMIZER = OptimizerConfig(weight_decay=0.1, clip=0.5)
 
 
-def make_config(parallel: ParallelConfig, trains=PARTS, sharding=ShardingConfig()) -> StageConfig:  # noqa: B008
+def make_config(parallel: ParallelConfig, trains=PARTS, sharding=ShardingConfig()) -> StageConfig:
     phase = Phase("only", 4, DataConfig(sources=()), RATE)
     return StageConfig("test", "tiny", None, ModelConfig("", None, ""), trains, (phase,), parallel=parallel,
                        optimizer=OPTIMIZER, sharding=sharding)  # fmt: skip
 
 
-def make_state(parallel: ParallelConfig, trains=PARTS, sharding=ShardingConfig()) -> TrainingState:  # noqa: B008
+def make_state(parallel: ParallelConfig, trains=PARTS, sharding=ShardingConfig()) -> TrainingState:
     fold = make_fold(parallel, "cpu")
     model = make_model()
     choose_trained(model, trains)
