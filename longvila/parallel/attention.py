@@ -214,7 +214,7 @@ def _context_attention_backward(
             dqueries, dkeys, dvalues = dq, dk, dv
             if step.cargo == "queries":
                 (dqueries,) = query_returns.open(step.owner, (_zeros(queries, lse.dtype),))
-            elif step.owner != program.rank or key_returns.travels:
+            elif step.owner != program.rank:
                 dkeys, dvalues = key_returns.open(step.owner, (_zeros(keys, lse.dtype), _zeros(values, lse.dtype)))
             for task in step.tasks:
                 rows, columns = slice(*task.q), slice(*task.k)

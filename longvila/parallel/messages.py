@@ -73,8 +73,6 @@ class Returns:
     ) -> None:
         self._program, self._links, self._mine, self._absorb = program, links, mine, absorb
         self._returns = [transfer for transfer in program.returns if transfer.cargo == cargo]
-        self.travels = any(t.owner == t.source == program.rank for t in self._returns)
-        """Whether this rank's results for its own tokens go round with those of the others, as in a ring."""
         self._open: dict[int, tuple[Tensor, ...]] = {}
         self._arrived: list[tuple[Transfer, tuple[Tensor, ...]]] = []
         self._mail = _Mail()
@@ -98,17 +96,16 @@ class Returns:
             self._arrived += incoming
 
     def _close(self, transfer: Transfer) -> tuple[Tensor, ...]:
-        """What this rank and those before it have for `transfer.owner`; theirs was posted at an earlier step."""
+        """What this rank and those before it have for `transfer.owner`."""
         totals = self._open.pop(transfer.owner, None)
         for before in [entry for entry in self._arrived if entry[0].owner == transfer.owner]:
-            if before[0].posted < transfer.posted:
-                self._arrived.remove(before)
-                self._mail.wait_for(before[0])
-                if totals is None:
-                    totals = before[1]
-                else:
-                    self._absorb(totals, before[1])
-        if totals is None:  # a relay passes here, and this rank had nothing to compute
+            self._arrived.remove(before)
+            self._mail.wait_for(before[0])
+            if totals is None:
+                totals = before[1]
+            else:
+                self._absorb(totals, before[1])
+        if totals is None:  # a relay begins or passes here, and this rank has nothing to add
             totals = tuple(x.new_zeros(_resized(x, transfer.num_tokens)) for x in self._mine)
         return totals
 

@@ -207,9 +207,10 @@ def test_a_checkpoint_continues_under_another_sharding(tmp_path):
         assert (resumed[name] - weight).abs().max() < 1e-9, name
 
 
-def poison(steps_with_nan):
+def poison(steps_with_nan, max_skipped=10):
     """Makes the loss of one rank not a number at some calls, from 0, and takes five steps."""
     state = make_state(ParallelConfig(inner=2))
+    state.config = dataclasses.replace(state.config, optimizer=dataclasses.replace(OPTIMIZER, max_skipped=max_skipped))
     real, calls = loop.forward_row, itertools.count()
 
     def forward_row(state, row):
@@ -232,6 +233,10 @@ def test_a_step_that_is_not_finite_is_skipped_by_all_ranks_and_changes_nothing()
             assert torch.equal(weights[1][name], clean[1][name])
             assert torch.equal(weights[3][name], weights[1][name])
         assert any(not torch.equal(weights[4][name], weights[3][name]) for name in clean[0])
+
+
+def test_skipped_steps_that_are_not_in_a_row_do_not_stop_a_run():
+    assert run_ranks(poison, 2, (1, 3), 1)[0][0] == [0, 1, 0, 1, 0]
 
 
 def poison_all(bound):
