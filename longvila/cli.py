@@ -308,7 +308,7 @@ def _print_table(title: str, rows: list[dict[str, Any]], note: str = "") -> None
         table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right", no_wrap=True)
     for row in rows:
         table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
-    output.print(table, width=200, crop=False)  # a log has no width, and a terminal may scroll
+    Console(width=max(output.width, 200)).print(table)  # a log would be cut at 80 columns
 
 
 def _print_bars(figures: dict[str, Any]) -> None:
