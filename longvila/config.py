@@ -20,6 +20,7 @@ RoutingName = Literal["direct", "relay"]
 RecomputeName = Literal["none", "all", "save_attention", "offload_attention"]
 PlacementName = Literal["head_first", "context_first"]
 ScopeName = Literal["world", "node", "none"]
+EngineName = Literal["fsdp2", "zero1", "zero2", "zero3"]
 PARTS = ("vision", "projector", "language_model")
 
 
@@ -87,11 +88,26 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that share a learning rate and weight decay."""
+
+    match: str
+    """A regular expression found in the parameters' names, e.g. `^vision\\.` or `layers\\.[0-3]\\.`."""
+    rate: float = 1.0
+    """Factor on the phase's learning rate."""
+    weight_decay: float | None = None
+    """For every parameter of the group; None is the optimizer's rule."""
+
+
+@dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW (Loshchilov & Hutter 2019) and gradient clipping."""
 
     weight_decay: float = 0.0
     """Applied to matrices; biases, norms and embeddings never decay."""
+    groups: tuple[ParameterGroup, ...] = (ParameterGroup(""),)
+    """A trained parameter belongs to the first group that matches its name, and must belong to one; the empty
+    expression matches all."""
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     clip: float = 1.0
@@ -149,9 +165,12 @@ class Phase:
     steps: int
     data: DataConfig
     learning_rate: float
-    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    schedule: Literal["constant", "cosine", "linear", "warmup_stable_decay"] = "cosine"
+    """As transformers defines it. `warmup_stable_decay` falls over the last tenth of the steps."""
     warmup: float = 0.03
     """Share of the phase's steps over which the rate rises from 0."""
+    floor: float = 0.0
+    """Share of the rate at which a falling schedule ends."""
     rows_per_step: int = 1
     """Rows of each data rank per optimizer step (gradient accumulation)."""
     rope_theta: float | None = None
@@ -171,10 +190,17 @@ class StageConfig:
     trains: tuple[Literal["vision", "projector", "language_model"], ...]
     """The parts whose parameters move. The run prints and asserts it."""
     phases: tuple[Phase, ...]
+    freezes: tuple[str, ...] = ()
+    """Parameters of those parts that do not move: all whose names hold a match of one of these regular expressions."""
     lora: LoraConfig | None = None
     optimizer: OptimizerConfig = OptimizerConfig()
     parallel: ParallelConfig = ParallelConfig()
     sharding: ShardingConfig = ShardingConfig()
+    """Of the engine `fsdp2`; the others have their stage for it."""
+    engine: EngineName = "fsdp2"
+    """torch's FSDP2, or a stage of DeepSpeed's ZeRO. They give the same weights."""
+    deepspeed_json: str | None = None
+    """A DeepSpeed configuration file for the ZeRO engines (offload, buckets ...); it must not contradict this one."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Computation type; master weights and optimizer states stay fp32."""
     recompute: RecomputeName = "none"

@@ -17,6 +17,6 @@ if [ ! -x .venv/bin/pip ]; then
 fi
 wanted=$(.venv/bin/python -c 'import hashlib; print(hashlib.sha256(open("pyproject.toml", "rb").read()).hexdigest())')
 if [ "$(cat "$stamp" 2>/dev/null || true)" != "$wanted" ]; then
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,gguf]'
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[deepspeed,dev,gguf]'
     echo "$wanted" >"$stamp"
 fi

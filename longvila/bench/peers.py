@@ -46,7 +46,7 @@ EXACT = 1e-3
 FOLDS = {"longvila head=2": ParallelConfig(head=2), "longvila inner=2": ParallelConfig(inner=2)}
 HUGGING_FACE = "Hugging Face sdpa, one process"
 ULYSSES = "DeepSpeed Ulysses sdpa, 2 ranks"
-ABSENT = "deepspeed is not installed; pip install 'longvila[peers]'"
+ABSENT = "deepspeed is not installed; pip install 'longvila[deepspeed]'"
 _FIGURES = ("gradient_error", "loss_error", "cpu_us_per_token", "peak_mib")
 _SHARES = (37, 5, 22, 12, 1, 17, 6)
 """Relative lengths of the documents of a packed row."""

@@ -10,15 +10,14 @@ import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.optim import Optimizer
 
 from longvila.errors import ConfigError
 from longvila.parallel.agree import barrier
+from longvila.train.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Position:
     rows: int = 0
 
 
-def save_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, position: Position, keep: int) -> None:
+def save_checkpoint(folder: Path, state: dict[str, Any], position: Position, keep: int) -> None:
     """Writes `folder/step-N`, complete or not at all, and removes all but the newest `keep`. Collective."""
     final = folder / f"step-{position.step:06d}"
     part = final.with_name(final.name + ".part")
@@ -38,8 +37,7 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, positi
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
     barrier()
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=part)
+    dcp.save(state, checkpoint_id=part)
     if dist.get_rank() == 0:
         (part / "position.json").write_text(json.dumps(asdict(position)))
         shutil.rmtree(final, ignore_errors=True)
@@ -49,7 +47,7 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, positi
     barrier()
 
 
-def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer) -> Position | None:
+def load_checkpoint(folder: Path, engine: Engine) -> Position | None:
     """Restores the newest checkpoint in `folder`; None where there is none. Collective.
 
     Raises:
@@ -58,8 +56,7 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer) -> Pos
     found = checkpoints(folder)
     if not found:
         return None
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state}
+    state = engine.state()
     try:
         dcp.load(state, checkpoint_id=found[-1])
     except (dcp.api.CheckpointException, RuntimeError, ValueError) as error:
@@ -68,7 +65,7 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer) -> Pos
             f"{found[-1]}: cannot continue from this checkpoint with this configuration ({reason}); "
             f"remove the folder {folder} to start the stage again"
         ) from error
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    engine.load_state(state)
     return Position(**json.loads((found[-1] / "position.json").read_text()))
 
 

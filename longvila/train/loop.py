@@ -17,13 +17,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
 from longvila import config as configuration
-from longvila.apply import apply_folds, attention_of
+from longvila.apply import attention_of
 from longvila.config import PARTS, Phase, StageConfig
 from longvila.errors import ConfigError, LongvilaError
 from longvila.model.build import build_model, load_model, save_model
@@ -37,18 +34,12 @@ from longvila.shards.bad import BadSamples
 from longvila.shards.loader import RowLoader
 from longvila.shards.rows import Row
 from longvila.train.checkpoint import Position, load_checkpoint, save_checkpoint
+from longvila.train.engine import Engine, make_engine
 from longvila.train.feed import RowFeed, Step
 from longvila.train.interrupt import StopSignal
 from longvila.train.memory import memory_table
 from longvila.train.metrics import Metrics, read_jsonl
-from longvila.train.optimizer import (
-    add_lora,
-    choose_trained,
-    learning_rate,
-    make_optimizer,
-    phase_at,
-    set_learning_rate,
-)
+from longvila.train.optimizer import add_lora, choose_trained, freeze, learning_rate, phase_at
 from longvila.train.summary import write_summary
 
 log = logging.getLogger(__name__)
@@ -73,10 +64,10 @@ def train(config: StageConfig, run: Path, data: Path) -> Path:
     torch.manual_seed(config.seed)
     fold = make_fold(config.parallel, device.type)
     state = _start(config, run, fold, device)
-    before = part_checksums(state.model)
+    before = part_checksums(state.engine)
     started = time.time()
     _run_steps(state, folder, data)
-    moved = {part: any_rank(before[part] != after) for part, after in part_checksums(state.model).items()}
+    moved = {part: any_rank(before[part] != after) for part, after in part_checksums(state.engine).items()}
     if wrong := [part for part in PARTS if moved[part] != (part in config.trains)]:
         raise LongvilaError(f"{config.name} trains {config.trains}, but what moved is {moved}: {wrong} went wrong")
     _finish(state, run, moved, time.time() - started)
@@ -90,10 +81,13 @@ class TrainingState:
     config: StageConfig
     fold: Fold
     device: torch.device
-    model: LongVilaModel
+    engine: Engine
     tokenizer: PreTrainedTokenizerBase
-    optimizer: torch.optim.Optimizer
     skipped_in_a_row: int = 0
+
+    @property
+    def model(self) -> LongVilaModel:
+        return self.engine.model
 
 
 def claim_folder(folder: Path, config: StageConfig) -> bool:
@@ -133,11 +127,13 @@ def load_start(config: StageConfig, run: Path) -> tuple[LongVilaModel, PreTraine
 def prepare(model: LongVilaModel, config: StageConfig) -> Callable[[], object]:
     """Chooses what trains and adds adapters, in place; returns what folds the adapters back into the weights."""
     choose_trained(model, config.trains)
-    if config.lora is None:
-        return lambda: None
-    if "language_model" not in config.trains:
-        raise ConfigError(f"{config.name} has LoRA settings, but does not train the language model")
-    return add_lora(model.language_model, config.lora).merge_and_unload
+    adapted = None
+    if config.lora is not None:
+        if "language_model" not in config.trains:
+            raise ConfigError(f"{config.name} has LoRA settings, but does not train the language model")
+        adapted = add_lora(model.language_model, config.lora)
+    freeze(model, config.freezes)
+    return adapted.merge_and_unload if adapted else lambda: None
 
 
 def _start(config: StageConfig, run: Path, fold: Fold, device: torch.device) -> TrainingState:
@@ -145,19 +141,17 @@ def _start(config: StageConfig, run: Path, fold: Fold, device: torch.device) -> 
     prepare(model, config)
     model.to(device)  # type: ignore[arg-type]
     model.train()
-    apply_folds(model, fold, config.precision, config.recompute, config.recompute_keeps, config.sharding)
-    optimizer = make_optimizer(model, config.optimizer)
     if dist.get_rank() == 0:
         log.info("%s trains %s", config.name, describe_parameters(model))
         sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
         total, trained = sum(size for size, _ in sizes), sum(size for size, moves in sizes if moves)
         log.info("\n".join(memory_table(total, trained, dist.get_world_size(), config.sharding, config.precision)))
-    return TrainingState(config, fold, device, model, tokenizer, optimizer)
+    return TrainingState(config, fold, device, make_engine(model, fold, config), tokenizer)
 
 
 def _run_steps(state: TrainingState, folder: Path, data: Path) -> None:
     config = state.config
-    position = load_checkpoint(folder / "checkpoints", state.model, state.optimizer) or Position()
+    position = load_checkpoint(folder / "checkpoints", state.engine) or Position()
     if position.step:
         log.info("%s continues at step %d", config.name, position.step)
     feed: RowFeed | None = None
@@ -186,7 +180,7 @@ def _run_steps(state: TrainingState, folder: Path, data: Path) -> None:
             due = config.checkpoint_every and done % config.checkpoint_every == 0
             if done < config.steps and (due or stopped):
                 position = Position(done, feed.epoch, feed.rows)
-                save_checkpoint(folder / "checkpoints", state.model, state.optimizer, position, config.checkpoints_kept)
+                save_checkpoint(folder / "checkpoints", state.engine.state(), position, config.checkpoints_kept)
             if done < config.steps and stopped:
                 raise LongvilaError(
                     f"{config.name} was told to stop (SIGTERM) and saved step {done} of {config.steps}; the same "
@@ -202,14 +196,11 @@ def take_step(state: TrainingState, batch: Step, rate: float) -> dict[str, float
     """
     if batch.num_targets == 0:
         raise LongvilaError(f"no target token in the whole step (samples {[row.keys for row in batch.rows]})")
-    state.optimizer.zero_grad()
     loss = 0.0
     for index, row in enumerate(batch.rows):
-        if state.config.sharding.gradients == "none" and isinstance(state.model, FSDPModule):
-            state.model.set_requires_gradient_sync(index + 1 == len(batch.rows))
         output = forward_row(state, row)
         # The only division: from here on every gradient is a plain sum over ranks.
-        (output / batch.num_targets).backward()
+        state.engine.backward(output / batch.num_targets, last=index + 1 == len(batch.rows))
         loss += output.item()
     counted = {
         "tokens": sum(sum(row.lengths) for row in batch.rows),
@@ -220,18 +211,15 @@ def take_step(state: TrainingState, batch: Step, rate: float) -> dict[str, float
     }
     loss, *sums = sum_over_world(loss, *counted.values())
     loss /= batch.num_targets
-    trained = [p for p in state.model.parameters() if p.requires_grad]
-    clip = state.config.optimizer.clip or float("inf")
-    norm = torch.nn.utils.clip_grad_norm_(trained, clip)
-    grad_norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    grad_norm = state.engine.gradient_norm()
     bound = state.config.optimizer.skip_norm or float("inf")
     skipped = not (math.isfinite(loss) and math.isfinite(grad_norm) and grad_norm <= bound)
     if skipped:
+        state.engine.discard()
         _count_skipped(state, f"loss {loss:g}, gradient norm {grad_norm:g}", [row.keys for row in batch.rows])
     else:
         state.skipped_in_a_row = 0
-        set_learning_rate(state.optimizer, rate)
-        state.optimizer.step()
+        state.engine.step(rate)
     return {
         "loss": loss,
         "skipped": int(skipped),
@@ -278,7 +266,7 @@ def forward_row(state: TrainingState, row: Row) -> torch.Tensor:
         state.config.parallel.routing,
         attention_of(state.model.language_model.config),
     )
-    output = model(
+    output = state.engine.forward(
         input_ids=local.input_ids,
         frames=row.frames.to(device),
         position_ids=local.position_ids,
@@ -315,8 +303,7 @@ def extend_context(model: LongVilaModel, phases: Sequence[Phase]) -> None:
 def _finish(state: TrainingState, run: Path, moved: dict[str, bool], seconds: float) -> None:
     """Writes the final model, adapters merged, in Hugging Face format, and the stage's summary."""
     config, folder = state.config, run / state.config.name
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(state.model, options=options)
+    weights = state.engine.weights()
     if dist.get_rank() == 0:
         model, tokenizer = load_start(config, run)
         merge = prepare(model, config)
@@ -331,15 +318,12 @@ def _finish(state: TrainingState, run: Path, moved: dict[str, bool], seconds: fl
     barrier()
 
 
-def part_checksums(model: LongVilaModel) -> dict[str, int]:
+def part_checksums(engine: Engine) -> dict[str, int]:
     """A checksum of this rank's share of every part's parameters, to tell which parts moved."""
-    sums = {}
-    for part in PARTS:
-        sums[part] = 0
-        for parameter in getattr(model, part).parameters():
-            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            raw = local.detach().cpu().contiguous().view(torch.uint8).numpy()
-            sums[part] = zlib.crc32(raw.tobytes(), sums[part])
+    sums: dict[str, int] = dict.fromkeys(PARTS, 0)
+    for name, share in engine.shares():
+        part, raw = name.partition(".")[0], share.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        sums[part] = zlib.crc32(raw.tobytes(), sums[part])
     return sums
 
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import LoraModel
 from torch import nn
+from transformers import get_scheduler
 
 from longvila.config import PARTS, LoraConfig, OptimizerConfig, Phase, StageConfig
 from longvila.errors import ConfigError
+
+DECAY = 0.1
+"""Share of a phase's steps over which `warmup_stable_decay` falls."""
 
 
 def choose_trained(model: nn.Module, trains: Iterable[str]) -> None:
@@ -27,6 +32,23 @@ def choose_trained(model: nn.Module, trains: Iterable[str]) -> None:
         raise ConfigError(f"a stage must train at least one of {list(PARTS)}")
     for part in PARTS:
         getattr(model, part).requires_grad_(part in trains)
+
+
+def freeze(model: nn.Module, expressions: Iterable[str]) -> None:
+    """Freezes the trained parameters whose names hold a match of one of `expressions`.
+
+    Raises:
+        ConfigError: for an expression that matches none of them, or if nothing would be trained.
+    """
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for expression in expressions:
+        found = [name for name in trained if re.search(expression, name)]
+        if not found:
+            raise ConfigError(f"freezes: '{expression}' matches no trained parameter; they are {_some(trained)}")
+        for name in found:
+            trained[name].requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in trained.values()):
+        raise ConfigError(f"freezes {list(expressions)} leaves no parameter to train")
 
 
 def add_lora(language_model: nn.Module, lora: LoraConfig) -> LoraModel:
@@ -51,22 +73,45 @@ def add_lora(language_model: nn.Module, lora: LoraConfig) -> LoraModel:
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over the trained parameters. Matrices decay; biases, norms (one dimension) and embeddings do not.
+    """AdamW over the trained parameters, grouped as `config.groups` says. Where a group names no weight decay, matrices
+    decay; biases, norms (one dimension) and embeddings do not.
 
     The rate is 0 until `set_learning_rate`.
+
+    Raises:
+        ConfigError: for a group without a parameter, or a trained parameter without a group.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    decayed, plain = [], []
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            (plain if parameter.ndim < 2 or id(parameter) in embeddings else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=config.betas, eps=config.eps)
+    members: list[dict[float, list[nn.Parameter]]] = [{} for _ in config.groups]
+    names = []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        names.append(name)
+        index = next((i for i, group in enumerate(config.groups) if re.search(group.match, name)), None)
+        if index is None:
+            raise ConfigError(
+                f"no group of the optimizer matches the parameter {name}: {[group.match for group in config.groups]}; "
+                f"add one with an empty expression for the rest, or freeze it"
+            )
+        decay = config.groups[index].weight_decay
+        if decay is None:
+            decay = 0.0 if parameter.ndim < 2 or id(parameter) in embeddings else config.weight_decay
+        members[index].setdefault(decay, []).append(parameter)
+    groups = []
+    for group, by_decay in zip(config.groups, members, strict=True):
+        if not by_decay:
+            raise ConfigError(
+                f"the optimizer's group '{group.match}' has no parameter: none of the trained ones match it that no "
+                f"earlier group took; they are {_some(names)}"
+            )
+        groups += [{"params": ps, "weight_decay": decay, "factor": group.rate} for decay, ps in by_decay.items()]
+    return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["factor"]
 
 
 def phase_at(config: StageConfig, step: int) -> tuple[int, int]:
@@ -79,14 +124,28 @@ def phase_at(config: StageConfig, step: int) -> tuple[int, int]:
 
 
 def learning_rate(phase: Phase, step: int) -> float:
-    """Rate of step `step` (from 0) of a phase: linear warm-up, then the schedule down to 0 (or constant)."""
-    warmup = round(phase.warmup * phase.steps)
-    if step < warmup:
-        return phase.learning_rate * (step + 1) / warmup
-    progress = (step - warmup) / max(1, phase.steps - warmup)
-    decay = {
-        "constant": 1.0,
-        "linear": 1.0 - progress,
-        "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
+    """Rate of step `step` (from 0) of a phase. A pure function, so that a checkpoint needs no schedule."""
+    return phase.learning_rate * _schedule(phase)(step + 1)
+
+
+def _schedule(phase: Phase) -> Callable[[int], float]:
+    """Factor on the rate, by step. transformers' schedules are 0 at step 0 and at the last: one more at each end is
+    counted, so that no step is taken at rate 0."""
+    steps, warmup = phase.steps + 1, round(phase.warmup * phase.steps)
+    name, options = {
+        "constant": ("constant_with_warmup", {}),
+        "linear": ("polynomial", {"lr_end": phase.floor, "power": 1.0}),
+        "cosine": ("cosine_with_min_lr", {"min_lr_rate": phase.floor}),
+        "warmup_stable_decay": (
+            "warmup_stable_decay",
+            {"num_decay_steps": max(1, round(DECAY * phase.steps)) + 1, "min_lr_ratio": phase.floor},
+        ),
     }[phase.schedule]
-    return phase.learning_rate * decay
+    holder = torch.optim.SGD([torch.zeros(1)], lr=1.0)  # schedules are made for an optimizer, ours are only asked
+    scheduler: Any = get_scheduler(name, holder, warmup, steps, scheduler_specific_kwargs=options)
+    return scheduler.lr_lambdas[0]
+
+
+def _some(names: Iterable[str], most: int = 8) -> str:
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

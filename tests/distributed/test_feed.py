@@ -4,13 +4,14 @@ from dataclasses import replace
 
 import pytest
 
+from longvila.bench.engines import DOCUMENTS, make_rows
 from longvila.config import ParallelConfig
 from longvila.errors import DataError
 from longvila.parallel.fold import make_fold
 from longvila.parallel.launch import RankError, run_ranks
 from longvila.train.feed import IGNORE, RowFeed
 
-from .training_parts import DOCUMENTS, RowList, make_rows
+from .training_parts import RowList
 
 SEQUENCE = ParallelConfig(inner=2)
 

@@ -7,60 +7,25 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from longvila.bench.engines import OPTIMIZER, RATE, ROWS_PER_STEP, make_state, plain_steps, take_steps
 from longvila.config import ParallelConfig, ShardingConfig
 from longvila.parallel.launch import RankError, run_ranks
 from longvila.train import loop
 from longvila.train.checkpoint import Position, checkpoints, load_checkpoint, save_checkpoint
-from longvila.train.feed import Step
-from longvila.train.gradients import make_model, make_row, reference
-from longvila.train.loop import part_checksums, take_step
-from longvila.train.optimizer import make_optimizer
+from longvila.train.loop import part_checksums
 
-from .training_parts import DOCUMENTS, OPTIMIZER, RATE, checkpoint_folder, make_rows, make_state, whole_weights
-
-NUM_ROWS = 4
-
-
-def steps(state, first, count):
-    """Takes steps of NUM_ROWS rows each, dealt to the data ranks; returns their figures."""
-    figures = []
-    for step in range(first, first + count):
-        start = NUM_ROWS * step
-        everything = make_rows(state.fold, range(start, start + NUM_ROWS))
-        mine = tuple(everything[state.fold.data_rank :: state.fold.num_data])
-        targets = sum(int((row.labels != -100).sum()) for row in everything)
-        figures.append(take_step(state, Step(mine, targets, 0), RATE))
-    return figures
+from .training_parts import checkpoint_folder, whole_weights
 
 
 def train_three_steps(parallel, sharding=ShardingConfig()):
     state = make_state(parallel, sharding=sharding)
-    figures = steps(state, 0, 3)
+    figures = take_steps(state, 0, 3)
     return figures, whole_weights(state.model)
-
-
-def plain_three_steps():
-    """The same three steps as a textbook has them: dense attention, autograd, clipping, AdamW; none of the loop."""
-    model = make_model()
-    optimizer = make_optimizer(model, OPTIMIZER)
-    figures = []
-    for step in range(3):
-        rows = [make_row(DOCUMENTS[i % 4], 4, 32, seed=i) for i in range(NUM_ROWS * step, NUM_ROWS * (step + 1))]
-        optimizer.zero_grad()
-        loss, gradients = reference(model, rows)
-        for name, parameter in model.named_parameters():
-            parameter.grad = gradients[name]
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip)
-        for group in optimizer.param_groups:
-            group["lr"] = RATE
-        optimizer.step()
-        figures.append({"loss": loss, "grad_norm": norm.item()})
-    return figures, whole_weights(model)
 
 
 @pytest.fixture(scope="module")
 def one_process():
-    return run_ranks(plain_three_steps, 1)[0]
+    return run_ranks(plain_steps, 1, 3)[0]
 
 
 @pytest.mark.parametrize(
@@ -94,7 +59,7 @@ def test_every_sharding_gives_the_weights_of_one_process(sharding, one_process):
 
 
 def check_steps(by_rank, one_process):
-    expected_figures, expected = one_process
+    expected_figures, _, expected = one_process
     for figures, weights in by_rank:
         for mine, theirs in zip(figures, expected_figures, strict=True):
             for name, value in theirs.items():
@@ -107,17 +72,17 @@ def check_steps(by_rank, one_process):
 
 def save_after_two(parallel, root):
     state = make_state(parallel)
-    steps(state, 0, 2)
-    save_checkpoint(checkpoint_folder(root), state.model, state.optimizer, Position(2, 0, 8), keep=1)
-    steps(state, 2, 1)
+    take_steps(state, 0, 2)
+    save_checkpoint(checkpoint_folder(root), state.engine.state(), Position(2, 0, 8), keep=1)
+    take_steps(state, 2, 1)
     return whole_weights(state.model)
 
 
 def continue_after_two(parallel, root):
     state = make_state(parallel)
-    position = load_checkpoint(checkpoint_folder(root), state.model, state.optimizer)
+    position = load_checkpoint(checkpoint_folder(root), state.engine)
     assert position == Position(2, 0, 8)
-    steps(state, 2, 1)
+    take_steps(state, 2, 1)
     return whole_weights(state.model)
 
 
@@ -138,7 +103,7 @@ def test_another_number_of_ranks_continues_with_the_same_weights(tmp_path):
 def save_three(root):
     state = make_state(ParallelConfig())
     for step in range(3):
-        save_checkpoint(checkpoint_folder(root), state.model, state.optimizer, Position(step), keep=2)
+        save_checkpoint(checkpoint_folder(root), state.engine.state(), Position(step), keep=2)
 
 
 def test_a_broken_off_save_is_no_checkpoint_and_old_ones_are_removed(tmp_path):
@@ -152,9 +117,9 @@ def test_a_broken_off_save_is_no_checkpoint_and_old_ones_are_removed(tmp_path):
 
 def train_projector():
     state = make_state(ParallelConfig(inner=2), trains=("projector",))
-    before = part_checksums(state.model)
-    steps(state, 0, 1)
-    after = part_checksums(state.model)
+    before = part_checksums(state.engine)
+    take_steps(state, 0, 1)
+    after = part_checksums(state.engine)
     return {part: before[part] != after[part] for part in before}
 
 
@@ -166,9 +131,9 @@ def test_only_the_parts_that_a_stage_trains_move():
 def local_shares(sharding):
     """Of the largest weight: the share of it that this rank keeps, and that of its first moment after a step."""
     state = make_state(ParallelConfig(), sharding=sharding)
-    steps(state, 0, 1)
+    take_steps(state, 0, 1)
     weight = state.model.language_model.model.embed_tokens.weight
-    moment = state.optimizer.state[weight]["exp_avg"]
+    moment = state.engine.optimizer.state[weight]["exp_avg"]
     return [x.to_local().numel() / x.numel() for x in (weight, moment)]
 
 
@@ -182,7 +147,7 @@ def reductions(gradients):
     """Gradient reductions of a step of two rows on this rank."""
     state = make_state(ParallelConfig(inner=2), sharding=ShardingConfig(gradients=gradients))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profiled:
-        steps(state, 0, 1)
+        take_steps(state, 0, 1)
     names = [event.name for event in profiled.events()]
     return sum(name.startswith("c10d::") and "reduce_scatter" in name for name in names)
 
@@ -194,9 +159,9 @@ def test_whole_gradients_are_reduced_once_a_step():
 
 def save_sharded(root):
     state = make_state(ParallelConfig(inner=2), sharding=ShardingConfig("node", "node", "node", node=2))
-    steps(state, 0, 2)
-    save_checkpoint(checkpoint_folder(root), state.model, state.optimizer, Position(2, 0, 8), keep=1)
-    steps(state, 2, 1)
+    take_steps(state, 0, 2)
+    save_checkpoint(checkpoint_folder(root), state.engine.state(), Position(2, 0, 8), keep=1)
+    take_steps(state, 2, 1)
     return whole_weights(state.model)
 
 
@@ -215,12 +180,12 @@ def poison(steps_with_nan, max_skipped=10):
 
     def forward_row(state, row):
         loss = real(state, row)
-        return loss * float("nan") if next(calls) // NUM_ROWS in steps_with_nan and dist.get_rank() == 1 else loss
+        return loss * float("nan") if next(calls) // ROWS_PER_STEP in steps_with_nan and dist.get_rank() == 1 else loss
 
     loop.forward_row = forward_row
     figures, weights = [], []
     for step in range(5):
-        figures += steps(state, step, 1)
+        figures += take_steps(state, step, 1)
         weights.append(whole_weights(state.model))
     return [one["skipped"] for one in figures], weights
 
@@ -242,7 +207,7 @@ def test_skipped_steps_that_are_not_in_a_row_do_not_stop_a_run():
 def poison_all(bound):
     state = make_state(ParallelConfig(inner=2))
     state.config = dataclasses.replace(state.config, optimizer=dataclasses.replace(OPTIMIZER, **bound))
-    steps(state, 0, 5)
+    take_steps(state, 0, 5)
 
 
 @pytest.mark.parametrize("bound", [{"skip_norm": 1e-9, "max_skipped": 2}])

@@ -60,7 +60,7 @@ def test_override_changes_the_field_it_names(assignment: str, value: Any):
     ("assignment", "message"),
     [
         ("steps", r"has no '='"),
-        ("optimizer.momentum=1", r"no such field; there is: weight_decay, betas, eps, clip"),
+        ("optimizer.momentum=1", r"no such field; there is: weight_decay, groups, betas, eps, clip"),
         ("phases.3.steps=1", r"no such field; there is: indices 0 to 0"),
         ("phases.0.steps=many", r"steps must be int, not 'many'"),
         ("phases.0.steps=true", r"steps must be int, not True"),

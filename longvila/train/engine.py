@@ -1,0 +1,151 @@
+"""What moves the weights: FSDP2, or DeepSpeed's ZeRO, behind one small interface. The loop knows no more of either.
+
+The loss that goes in is divided by the global count of targets already, so that gradients are plain SUMS over all
+ranks; an engine that averages undoes it in its adapter, in one line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from longvila.apply import apply_folds
+from longvila.config import StageConfig
+from longvila.model.vlm import LongVilaModel
+from longvila.parallel.fold import Fold
+from longvila.train.optimizer import make_optimizer, set_learning_rate
+
+
+class Engine(Protocol):
+    """Steps one model. Every method but `backward`'s local part is collective over the world."""
+
+    model: LongVilaModel
+
+    def forward(self, **inputs: Any) -> Any:
+        """The model's forward."""
+        ...
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Adds the gradients of one row's loss, summed over ranks. `last`: no row of this step follows."""
+        ...
+
+    def gradient_norm(self) -> float:
+        """Norm of all gradients before clipping, the same on every rank; infinite or not a number where one is."""
+        ...
+
+    def step(self, rate: float) -> None:
+        """Clips, moves the weights at learning rate `rate`, and drops the gradients. After `gradient_norm`."""
+        ...
+
+    def discard(self) -> None:
+        """Drops the gradients; weights and moments stay. After `gradient_norm`."""
+        ...
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Whole gradients of the trained parameters, one at a time, by name. Before `step`."""
+        ...
+
+    def shares(self) -> Iterator[tuple[str, Tensor]]:
+        """What this rank holds of every parameter, by name. Not collective."""
+        ...
+
+    def weights(self) -> dict[str, Tensor]:
+        """Whole weights in fp32 on the CPU of rank 0, by name; elsewhere empty."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """`{"model": ..., "optimizer": ...}` by parameter name, for torch's distributed checkpoint: weights, and
+        AdamW's step and moments; settings come from the configuration. The same form for every engine, so that one
+        continues what another saved."""
+        ...
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Takes over what `state` returned, filled from a checkpoint since."""
+        ...
+
+
+def make_engine(model: LongVilaModel, fold: Fold, config: StageConfig) -> Engine:
+    """Puts `model` under its folds, in place, and under the engine that the configuration names. Collective.
+
+    Raises:
+        ConfigError: for choices that do not go together.
+    """
+    if config.engine == "fsdp2":
+        return FSDP2Engine(model, fold, config)
+    from longvila.train.deepspeed import DeepSpeedEngine  # an extra of its own
+
+    return DeepSpeedEngine(model, fold, config)
+
+
+class FSDP2Engine:
+    """torch's fully sharded data parallelism. Weights, gradients and moments are DTensors."""
+
+    def __init__(self, model: LongVilaModel, fold: Fold, config: StageConfig) -> None:
+        apply_folds(model, fold, config.precision, config.recompute, config.recompute_keeps, config.sharding)
+        self.model = model
+        self.optimizer = make_optimizer(model, config.optimizer)
+        self._clip = config.optimizer.clip or float("inf")
+        self._reduce_once = config.sharding.gradients == "none"
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.model(**inputs)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        if self._reduce_once:
+            root: nn.Module = self.model
+            assert isinstance(root, FSDPModule)
+            root.set_requires_gradient_sync(last)
+        loss.backward()
+
+    def gradient_norm(self) -> float:
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        self._norm = torch.nn.utils.get_total_norm(gradients)
+        return float(_whole(self._norm))
+
+    def step(self, rate: float) -> None:
+        torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self._clip, self._norm)
+        set_learning_rate(self.optimizer, rate)
+        self.optimizer.step()
+        self.discard()
+
+    def discard(self) -> None:
+        self.optimizer.zero_grad()
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self.model.named_parameters():
+            if parameter.grad is not None:
+                yield name, _whole(parameter.grad)
+
+    def shares(self) -> Iterator[tuple[str, Tensor]]:
+        for name, parameter in self.model.named_parameters():
+            yield name, parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+    def weights(self) -> dict[str, Tensor]:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights: Any = get_model_state_dict(self.model, options=options)
+        return weights if dist.get_rank() == 0 else {}
+
+    def state(self) -> dict[str, Any]:
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        self._groups = optimizer["param_groups"]
+        return {"model": model, "optimizer": optimizer["state"]}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        optimizer = {"state": state["optimizer"], "param_groups": self._groups}
+        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=optimizer)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

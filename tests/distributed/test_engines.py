@@ -1,0 +1,128 @@
+"""FSDP2 and every stage of DeepSpeed's ZeRO take the steps of one process, and continue what another saved."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from longvila.bench.engines import FIRST_GRADIENT, NORM, engine_steps, errors, make_state, plain_steps, take_steps
+from longvila.config import LoraConfig, ParallelConfig
+from longvila.parallel.launch import run_ranks
+from longvila.train.checkpoint import Position, load_checkpoint, save_checkpoint
+from longvila.train.loop import part_checksums
+
+from .training_parts import checkpoint_folder
+
+pytest.importorskip("deepspeed")
+
+STEPS = 10
+ENGINES = ["fsdp2", "zero1", "zero2", "zero3"]
+TWO = ParallelConfig(inner=2)
+
+
+@pytest.fixture(scope="module")
+def textbook():
+    return run_ranks(plain_steps, 1, STEPS)[0]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(("world", "parallel"), [(2, TWO), (4, ParallelConfig(head=2))])
+def test_ten_steps_of_every_engine_are_those_of_one_process(engine, world, parallel, textbook):
+    found = run_ranks(engine_steps, world, parallel, engine, torch.float32, STEPS)[0]
+    assert errors(found, textbook, exact=False)["within"]
+
+
+def test_ten_steps_of_fsdp2_are_exact_in_fp64(textbook):
+    found = run_ranks(engine_steps, 2, TWO, "fsdp2", torch.float64, STEPS)[0]
+    assert errors(found, textbook, exact=True)["within"]
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "zero2"])
+def test_halved_gradients_hide_in_the_weights_and_are_seen_in_norms_and_gradients(engine, textbook):
+    found = errors(run_ranks(engine_steps, 2, TWO, engine, torch.float32, STEPS, 0.5)[0], textbook, exact=False)
+    assert found["weight_error"] < 0.01
+    assert found["norm_error"] > 0.49 > NORM
+    assert found["first_gradient_error"] > 0.49 > FIRST_GRADIENT
+    assert not found["within"]
+
+
+def save_after_two(engine, root):
+    state = make_state(TWO, torch.float32, engine=engine)
+    take_steps(state, 0, 2)
+    save_checkpoint(checkpoint_folder(root), state.engine.state(), Position(2, 0, 8), keep=1)
+    take_steps(state, 2, 2)
+    return state.engine.weights()
+
+
+def continue_after_two(engine, root, parallel):
+    state = make_state(parallel, torch.float32, engine=engine)
+    assert load_checkpoint(checkpoint_folder(root), state.engine) == Position(2, 0, 8)
+    take_steps(state, 2, 2)
+    return state.engine.weights()
+
+
+@pytest.mark.parametrize("saved_by", ["fsdp2", "zero1", "zero3"])
+def test_every_engine_continues_what_another_saved(saved_by, tmp_path):
+    expected = run_ranks(save_after_two, 2, saved_by, str(tmp_path))[0]
+    for engine, world, parallel in [("fsdp2", 2, TWO), ("zero1", 2, TWO), ("zero2", 4, TWO), ("zero3", 2, TWO)]:
+        found = run_ranks(continue_after_two, world, engine, str(tmp_path), parallel)[0]
+        difference = max((found[name] - weight).abs().max().item() for name, weight in expected.items())
+        assert difference == 0 if engine == saved_by else difference < 2e-6, engine
+
+
+def discard(engine):
+    """Weights and moments after two steps, with a step dropped between them and without."""
+    ends = []
+    for dropped in (False, True):
+        state = make_state(TWO, torch.float32, engine=engine)
+        take_steps(state, 0, 1)
+        if dropped:
+            config = state.config
+            state.config = replace(config, optimizer=replace(config.optimizer, skip_norm=1e-9))
+            assert take_steps(state, 5, 1)[0]["skipped"] == 1
+            state.config = config
+        take_steps(state, 1, 1)
+        moments = state.engine.state()["optimizer"]
+        ends.append((state.engine.weights(), {k: v["exp_avg"].full_tensor() for k, v in moments.items()}))
+    return ends
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_step_that_is_dropped_leaves_no_trace(engine):
+    (weights, moments), (dropped_weights, dropped_moments) = run_ranks(discard, 2, engine)[0]
+    assert all(torch.equal(weights[name], dropped_weights[name]) for name in weights)
+    assert all(torch.equal(moments[name], dropped_moments[name]) for name in moments)
+
+
+def train_adapters(engine):
+    state = make_state(TWO, torch.float32, engine=engine, trains=("projector", "language_model"), lora=LoraConfig(2, 4))
+    before = part_checksums(state.engine)
+    take_steps(state, 0, 3)
+    after = part_checksums(state.engine)
+    return state.engine.weights(), {part: before[part] != after[part] for part in before}
+
+
+def test_frozen_parts_and_adapters_train_alike_under_every_engine():
+    expected, moved = run_ranks(train_adapters, 2, "fsdp2")[0]
+    assert moved == {"vision": False, "projector": True, "language_model": True}
+    assert any("lora_" in name for name in expected)
+    for engine in ENGINES[1:]:
+        found, moved_too = run_ranks(train_adapters, 2, engine)[0]
+        assert moved_too == moved
+        assert found.keys() == expected.keys()
+        assert max((found[name] - weight).abs().max().item() for name, weight in expected.items()) < 2e-6
+
+
+@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+def test_the_users_own_file_offloads_to_the_host_and_the_steps_stay_the_same(engine, tmp_path, textbook):
+    file = tmp_path / "deepspeed.json"
+    offload = {"device": "cpu"}
+    stage = {"stage": int(engine[-1]), "offload_optimizer": offload, "reduce_bucket_size": "auto"}
+    file.write_text(json.dumps({"zero_optimization": stage, "train_batch_size": "auto", "gradient_clipping": "auto"}))
+    found = run_ranks(offloaded_steps, 2, engine, str(file))[0]
+    assert errors(found, textbook, exact=False)["within"]
+
+
+def offloaded_steps(engine, file):
+    return engine_steps(TWO, engine, torch.float32, STEPS, deepspeed_json=file)
