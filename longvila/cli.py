@@ -170,6 +170,9 @@ def train(
         typer.Option("--set", metavar="FIELD=VALUE", help="Change one field, e.g. phases.0.steps=10; may be repeated."),
     ] = None,
     show: Annotated[bool, typer.Option("--show", help="Print the configuration as JSON and stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Do everything but the steps: models, folds, first rows; write nothing.")
+    ] = False,
 ) -> None:
     """Train one stage, or go on with it. Run it under torchrun for more than one rank."""
     from longvila import config as configuration
@@ -185,7 +188,7 @@ def train(
     from longvila.train.loop import train as train_stage
 
     disable_progress_bar()  # that of every rank's weights being read; the stage has a bar of its own
-    train_stage(config, run, data or run / "data")
+    train_stage(config, run, data or run / "data", dry_run)
 
 
 @verb

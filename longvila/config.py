@@ -178,6 +178,17 @@ class Phase:
 
 
 @dataclass(frozen=True)
+class ValidationConfig:
+    """Loss on data that does not train, measured now and then."""
+
+    data: DataConfig
+    rows: int = 8
+    """Rows of each data rank, the same ones every time."""
+    every: int = 200
+    """Steps between two measurements; the last step is followed by one in any case."""
+
+
+@dataclass(frozen=True)
 class StageConfig:
     """One training stage, complete."""
 
@@ -185,13 +196,15 @@ class StageConfig:
     """The name of its file in `stages/`, e.g. `1_alignment`."""
     scale: str
     starts_from: str | None
-    """The stage whose final model this one continues; None starts from the base models in `model`."""
+    """The stage of the same run whose final model this one continues, or the path of a model's folder; None starts from
+    the base models in `model`."""
     model: ModelConfig
     trains: tuple[Literal["vision", "projector", "language_model"], ...]
     """The parts whose parameters move. The run prints and asserts it."""
     phases: tuple[Phase, ...]
     freezes: tuple[str, ...] = ()
     """Parameters of those parts that do not move: all whose names hold a match of one of these regular expressions."""
+    validation: ValidationConfig | None = None
     lora: LoraConfig | None = None
     optimizer: OptimizerConfig = OptimizerConfig()
     parallel: ParallelConfig = ParallelConfig()

@@ -7,8 +7,12 @@ from transformers import PreTrainedModel
 from longvila.errors import ConfigError
 
 
-def set_rope_theta(language_model: PreTrainedModel, theta: float) -> None:
+def extend_context(language_model: PreTrainedModel, theta: float, tokens: int) -> None:
     """Sets the RoPE base (Su et al. 2021; raised for long contexts as in Xiong et al. 2023), in place.
+
+    Args:
+        theta: the new base.
+        tokens: how long documents are under it; the model's context is at least that from now on.
 
     Raises:
         ConfigError: for a model without one rotary embedding, or with one of another type than the default, whose
@@ -24,4 +28,5 @@ def set_rope_theta(language_model: PreTrainedModel, theta: float) -> None:
             f"{type(language_model).__name__} uses RoPE type '{parameters['rope_type']}'; only 'default' can be rebased"
         )
     parameters["rope_theta"] = float(theta)
+    config.max_position_embeddings = max(config.max_position_embeddings, tokens)
     decoder.rotary_emb = type(rotary)(config=config).to(rotary.inv_freq.device)

@@ -21,11 +21,11 @@ from transformers import PreTrainedTokenizerBase
 
 from longvila import config as configuration
 from longvila.apply import attention_of
-from longvila.config import PARTS, Phase, StageConfig
+from longvila.config import PARTS, DataConfig, Phase, StageConfig, ValidationConfig
 from longvila.errors import ConfigError, LongvilaError
 from longvila.model.build import build_model, load_model, save_model
 from longvila.model.chat import encode_messages, encode_text
-from longvila.model.rope import set_rope_theta
+from longvila.model.rope import extend_context
 from longvila.model.vlm import LongVilaModel
 from longvila.parallel.agree import any_rank, barrier, sum_over_world
 from longvila.parallel.batch import shard_row
@@ -45,12 +45,13 @@ from longvila.train.summary import write_summary
 log = logging.getLogger(__name__)
 
 
-def train(config: StageConfig, run: Path, data: Path) -> Path:
+def train(config: StageConfig, run: Path, data: Path, dry_run: bool = False) -> Path:
     """Runs one stage, or what is left of it, and returns the folder of its final model.
 
     Args:
         run: the run's folder; the stage lives in `run/config.name`.
         data: the data root that relative shard paths start from.
+        dry_run: does everything but the steps, and writes nothing.
 
     Raises:
         ConfigError: a missing or foreign input checkpoint, a folder that holds another run, a fold that does not fit.
@@ -58,12 +59,15 @@ def train(config: StageConfig, run: Path, data: Path) -> Path:
     """
     device = start_world()
     folder = run / config.name
-    if claim_folder(folder, config):
+    if claim_folder(folder, config, write=not dry_run):
         log.info("%s is complete: %s", config.name, folder / "model")
         return folder / "model"
     torch.manual_seed(config.seed)
     fold = make_fold(config.parallel, device.type)
     state = _start(config, run, fold, device)
+    if dry_run:
+        _rehearse(state, folder, data)
+        return folder / "model"
     before = part_checksums(state.engine)
     started = time.time()
     _run_steps(state, folder, data)
@@ -90,8 +94,8 @@ class TrainingState:
         return self.engine.model
 
 
-def claim_folder(folder: Path, config: StageConfig) -> bool:
-    """Makes the stage's folder and saves the configuration; True where the stage is already complete.
+def claim_folder(folder: Path, config: StageConfig, write: bool = True) -> bool:
+    """Makes the stage's folder and saves the configuration, if `write`; True where the stage is already complete.
 
     Raises:
         ConfigError: where the folder holds a run of another configuration.
@@ -103,7 +107,7 @@ def claim_folder(folder: Path, config: StageConfig) -> bool:
         )
     complete = (folder / "model" / "config.json").exists()
     barrier()
-    if dist.get_rank() == 0 and not path.exists():
+    if write and dist.get_rank() == 0 and not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     barrier()
@@ -115,10 +119,12 @@ def load_start(config: StageConfig, run: Path) -> tuple[LongVilaModel, PreTraine
     if config.starts_from is None:
         model, tokenizer = build_model(config.model, seed=config.seed)
     else:
-        previous = run / config.starts_from / "model"
-        if not (previous / "config.json").exists():
+        stage = run / config.starts_from / "model"
+        previous = next((p for p in (stage, Path(config.starts_from)) if (p / "config.json").exists()), None)
+        if previous is None:
             raise ConfigError(
-                f"{config.name} starts from {config.starts_from}, but {previous} has no model; run that stage first"
+                f"{config.name} starts from {config.starts_from}, but neither {stage} nor {config.starts_from} holds a "
+                f"model; run that stage first, or name the folder of one"
             )
         model, tokenizer = load_model(previous)
     return model, tokenizer
@@ -138,6 +144,7 @@ def prepare(model: LongVilaModel, config: StageConfig) -> Callable[[], object]:
 
 def _start(config: StageConfig, run: Path, fold: Fold, device: torch.device) -> TrainingState:
     model, tokenizer = load_start(config, run)
+    check_context(model.language_model.config.max_position_embeddings, config.phases)
     prepare(model, config)
     model.to(device)  # type: ignore[arg-type]
     model.train()
@@ -163,9 +170,9 @@ def _run_steps(state: TrainingState, folder: Path, data: Path) -> None:
             phase = config.phases[index]
             if feed is None or step_of_phase == 0:
                 start = position if step_of_phase else Position()
-                loader = _make_loader(state, phase, data)
+                loader = make_loader(state, phase.data, data)
                 feed = RowFeed(loader, state.fold, phase.rows_per_step, start.epoch, start.rows)
-                extend_context(state.model, config.phases[: index + 1])
+                enter_phase(state.model, config.phases[: index + 1])
             started = time.time()
             try:
                 batch = feed.next_step()
@@ -174,8 +181,11 @@ def _run_steps(state: TrainingState, folder: Path, data: Path) -> None:
                     list_bad(bad, feed.bad)
             rate = learning_rate(phase, step_of_phase)
             figures = take_step(state, batch, rate)
-            metrics.record(step + 1, {"phase": phase.name, **figures, "seconds": time.time() - started})
             done = step + 1
+            figures["seconds"] = time.time() - started
+            if config.validation and (done % config.validation.every == 0 or done == config.steps):
+                figures["validation_loss"] = validate(state, config.validation, data)
+            metrics.record(done, {"phase": phase.name, **figures})
             stopped = any_rank(stop.requested)
             due = config.checkpoint_every and done % config.checkpoint_every == 0
             if done < config.steps and (due or stopped):
@@ -186,6 +196,28 @@ def _run_steps(state: TrainingState, folder: Path, data: Path) -> None:
                     f"{config.name} was told to stop (SIGTERM) and saved step {done} of {config.steps}; the same "
                     f"command goes on from there"
                 )
+
+
+def _rehearse(state: TrainingState, folder: Path, root: Path) -> None:
+    """Reads the last checkpoint and the first step of every phase, and says what the stage would do."""
+    config = state.config
+    position = load_checkpoint(folder / "checkpoints", state.engine) or Position()
+    log.info("%s: %d of %d steps are done", config.name, position.step, config.steps)
+    for phase in config.phases:
+        feed = RowFeed(make_loader(state, phase.data, root), state.fold, phase.rows_per_step)
+        batch = feed.next_step()
+        counts = [(sum(row.lengths), len(row.lengths), sum(row.num_frames)) for row in batch.rows]
+        tokens, documents, frames = (sum(each) for each in zip(*counts, strict=True))
+        log.info(
+            "  %s: %d steps of %d rows of %d tokens at rate %g; the first: %d tokens in %d documents with %d frames on "
+            "this data rank, %d targets in all; %d samples unusable",
+            phase.name, phase.steps, phase.rows_per_step * state.fold.num_data, phase.data.row_tokens,
+            phase.learning_rate, tokens, documents, frames, batch.num_targets, feed.bad.count,
+        )  # fmt: skip
+    if config.validation:
+        feed = RowFeed(make_loader(state, config.validation.data, root), state.fold, config.validation.rows)
+        log.info("  validation: %d targets in all", feed.next_step().num_targets)
+    log.info("everything but the steps was done; nothing was written")
 
 
 def take_step(state: TrainingState, batch: Step, rate: float) -> dict[str, float]:
@@ -229,6 +261,25 @@ def take_step(state: TrainingState, batch: Step, rate: float) -> dict[str, float
         # The ranks of a sequence group all counted the same rows.
         **{name: total / state.fold.num_sequence for name, total in zip(counted, sums, strict=True)},
     }
+
+
+def validate(state: TrainingState, validation: ValidationConfig, root: Path) -> float:
+    """Mean loss over the targets of rows that are the same every time. Collective.
+
+    Raises:
+        LongvilaError: on every rank, where those rows have no target.
+    """
+    feed = RowFeed(make_loader(state, validation.data, root), state.fold, validation.rows)
+    batch = feed.next_step()
+    if batch.num_targets == 0:
+        raise LongvilaError(f"no target token in {validation.rows} rows of validation data; ask for more rows")
+    if left_out := batch.num_dropped + feed.bad.count:
+        log.warning("validation: %d samples could not be used: %s", left_out, feed.bad.listed)
+    state.model.eval()
+    with torch.no_grad():
+        (loss,) = sum_over_world(sum(forward_row(state, row).item() for row in batch.rows))
+    state.model.train()
+    return loss / batch.num_targets
 
 
 def _count_skipped(state: TrainingState, figures: str, keys: list[tuple[str, ...]]) -> None:
@@ -277,7 +328,8 @@ def forward_row(state: TrainingState, row: Row) -> torch.Tensor:
     return output.loss_sum
 
 
-def _make_loader(state: TrainingState, phase: Phase, data: Path) -> RowLoader:
+def make_loader(state: TrainingState, data: DataConfig, root: Path) -> RowLoader:
+    """The rows of `data`, shards below `root`, as the model at hand reads them."""
     model, tokenizer = state.model, state.tokenizer
     tokens_per_frame = model.projector.tokens_per_frame
 
@@ -287,17 +339,30 @@ def _make_loader(state: TrainingState, phase: Phase, data: Path) -> RowLoader:
         return encode_text(tokenizer, text or "")
 
     return RowLoader(
-        phase.data, data, encode, tokens_per_frame, model.vision.image_size,
+        data, root, encode, tokens_per_frame, model.vision.image_size,
         data_rank=state.fold.data_rank, num_data_ranks=state.fold.num_data,
         sequence_rank=state.fold.sequence_rank, num_sequence_ranks=state.fold.num_sequence,
         seed=state.config.seed,
     )  # fmt: skip
 
 
-def extend_context(model: LongVilaModel, phases: Sequence[Phase]) -> None:
-    """Sets the RoPE base that the last of `phases` to name one asks for."""
-    if bases := [phase.rope_theta for phase in phases if phase.rope_theta is not None]:
-        set_rope_theta(model.language_model, bases[-1])
+def enter_phase(model: LongVilaModel, phases: Sequence[Phase]) -> None:
+    """Gives the model the context that the last of `phases` to raise the RoPE base asks for."""
+    if raising := [phase for phase in phases if phase.rope_theta is not None]:
+        assert raising[-1].rope_theta is not None
+        extend_context(model.language_model, raising[-1].rope_theta, raising[-1].data.row_tokens)
+
+
+def check_context(context: int, phases: Sequence[Phase]) -> None:
+    """Raises ConfigError where rows may hold a document longer than the model's context, `context` tokens at first."""
+    for phase in phases:
+        if phase.rope_theta is not None:
+            context = max(context, phase.data.row_tokens)
+        if phase.data.row_tokens > context:
+            raise ConfigError(
+                f"phase {phase.name} has rows of {phase.data.row_tokens} tokens, but the model's context is {context}; "
+                f"give shorter rows (data.row_tokens), or raise the RoPE base there (rope_theta)"
+            )
 
 
 def _finish(state: TrainingState, run: Path, moved: dict[str, bool], seconds: float) -> None:
@@ -311,7 +376,7 @@ def _finish(state: TrainingState, run: Path, moved: dict[str, bool], seconds: fl
         tied = set(model.all_tied_weights_keys)
         if unexpected or set(missing) - tied:
             raise LongvilaError(f"final weights do not fit the model: missing {missing}, unexpected {unexpected}")
-        extend_context(model, config.phases)
+        enter_phase(model, config.phases)
         merge()
         write_summary(folder, config, state.model, moved, seconds)
         save_model(model, tokenizer, folder / "model")

@@ -2,19 +2,31 @@
 
 import dataclasses
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from longvila.bench.engines import OPTIMIZER, RATE, ROWS_PER_STEP, make_state, plain_steps, take_steps
-from longvila.config import ParallelConfig, ShardingConfig
+from longvila.bench.engines import (
+    DOCUMENTS,
+    OPTIMIZER,
+    RATE,
+    ROWS_PER_STEP,
+    make_rows,
+    make_state,
+    plain_steps,
+    take_steps,
+)
+from longvila.config import DataConfig, ParallelConfig, Phase, ShardingConfig, ValidationConfig
+from longvila.errors import ConfigError
 from longvila.parallel.launch import RankError, run_ranks
 from longvila.train import loop
 from longvila.train.checkpoint import Position, checkpoints, load_checkpoint, save_checkpoint
-from longvila.train.loop import part_checksums
+from longvila.train.gradients import make_model, make_row, reference
+from longvila.train.loop import check_context, part_checksums
 
-from .training_parts import checkpoint_folder, whole_weights
+from .training_parts import RowList, checkpoint_folder, whole_weights
 
 
 def train_three_steps(parallel, sharding=ShardingConfig()):
@@ -216,3 +228,36 @@ def test_too_many_skipped_steps_in_a_row_stop_every_rank_and_name_the_samples(bo
         run_ranks(poison_all, 2, bound)
     assert str(caught.value).count("LongvilaError: 3 steps in a row were skipped") == 2
     assert "row8-0" in str(caught.value)
+
+
+def validate_rows():
+    """Loss on rows that do not train, before and after a step on others, and again."""
+    state = make_state(ParallelConfig(inner=2))
+    rows = make_rows(state.fold, range(20, 24))[state.fold.data_rank :: state.fold.num_data]
+    loop.make_loader = lambda state, data, root: RowList(rows)
+    validation = ValidationConfig(DataConfig(()), rows=4 // state.fold.num_data)
+    losses = [loop.validate(state, validation, Path())]
+    before = state.engine.weights()
+    losses.append(loop.validate(state, validation, Path()))
+    untouched = all(torch.equal(weight, before[name]) for name, weight in state.engine.weights().items())
+    take_steps(state, 0, 1)
+    return [*losses, loop.validate(state, validation, Path())], untouched
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_validation_is_the_loss_of_one_process_and_moves_nothing(world):
+    rows = [make_row(DOCUMENTS[i % 4], 4, 32, seed=i) for i in range(20, 24)]
+    expected, _ = reference(make_model(), rows)
+    for (first, again, later), untouched in run_ranks(validate_rows, world):
+        assert first == pytest.approx(expected, rel=1e-12)
+        assert again == first != later
+        assert untouched
+
+
+def test_rows_longer_than_the_context_are_refused_unless_a_phase_extends_it():
+    def phase(name, tokens, theta=None):
+        return Phase(name, 1, DataConfig((), row_tokens=tokens), 1e-3, rope_theta=theta)
+
+    check_context(4096, [phase("a", 4096), phase("b", 8192, 5e5), phase("c", 8192)])
+    with pytest.raises(ConfigError, match="phase c has rows of 16384 tokens, but the model's context is 8192"):
+        check_context(4096, [phase("a", 4096), phase("b", 8192, 5e5), phase("c", 16384)])
