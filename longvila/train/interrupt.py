@@ -24,5 +24,7 @@ class StopSignal:
         self.requested = True
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._active:
+        # After an error the process is about to end by itself; torchrun, which tells all ranks to stop as soon as one
+        # has, must not cut off what this one still has to say.
+        if self._active and error is None:
             signal.signal(signal.SIGTERM, self._previous)
