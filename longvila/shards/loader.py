@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from longvila.config import DataConfig
@@ -107,13 +108,15 @@ class RowLoader:
         return build_row(documents, self.sequence_rank, self.num_sequence_ranks, self.image_size)
 
     def _rows_of_workers(self, epoch: int, skip: int) -> Iterator[Row]:
-        # Forked, so that `encode` need not be picklable; nothing in a worker touches a GPU.
+        # Forked, so that `encode` need not be picklable; nothing in a worker touches a GPU. The seed that torch gives
+        # its workers is not drawn from the training's generator: a run resumed inside an epoch would draw once more.
         deliveries = DataLoader(
             _WorkerRows(self, epoch, skip),
             batch_size=None,
             num_workers=self.data.workers,
             collate_fn=_unchanged,
             multiprocessing_context="fork",
+            generator=torch.Generator().manual_seed(self.seed),
         )
         position = 0
         for delivery in deliveries:
