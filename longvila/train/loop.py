@@ -14,10 +14,16 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
@@ -33,10 +39,11 @@ from longvila.model.vlm import LongVilaModel
 from longvila.parallel.agree import any_rank, barrier, sum_over_world
 from longvila.parallel.batch import shard_row
 from longvila.parallel.fold import Fold, make_fold, start_world
+from longvila.parallel.lost import lost_ranks
 from longvila.shards.bad import BadSamples
 from longvila.shards.loader import RowLoader
 from longvila.shards.rows import Row
-from longvila.train.checkpoint import Position, load_checkpoint, save_checkpoint
+from longvila.train.checkpoint import Checkpoints, Position
 from longvila.train.feed import RowFeed, Step
 from longvila.train.interrupt import StopSignal
 from longvila.train.memory import memory_table
@@ -64,8 +71,14 @@ def train(config: StageConfig, run: Path, data: Path) -> Path:
     Raises:
         ConfigError: a missing or foreign input checkpoint, a folder that holds another run, a fold that does not fit.
         DataError: on every rank, when the data cannot go on.
+        LongvilaError: on the other ranks, when one has died or hangs.
     """
-    device = start_world()
+    with lost_ranks(config.rank_timeout):
+        return _train(config, run, data)
+
+
+def _train(config: StageConfig, run: Path, data: Path) -> Path:
+    device = start_world(config.rank_timeout)
     folder = run / config.name
     if claim_folder(folder, config):
         log.info("%s is complete: %s", config.name, folder / "model")
@@ -157,13 +170,15 @@ def _start(config: StageConfig, run: Path, fold: Fold, device: torch.device) -> 
 
 def _run_steps(state: TrainingState, folder: Path, data: Path) -> None:
     config = state.config
-    position = load_checkpoint(folder / "checkpoints", state.model, state.optimizer) or Position()
+    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoints_kept, config.checkpoint_async)
+    position = resume(state, checkpoints)
     if position.step:
         log.info("%s continues at step %d", config.name, position.step)
     feed: RowFeed | None = None
     bad = folder / f"bad-{state.fold.data_rank}.jsonl"
     stop = StopSignal()
-    with stop, Metrics(folder, config.name, config.steps, position.step, active=dist.get_rank() == 0) as metrics:
+    metrics = Metrics(folder, config.name, config.steps, position.step, active=dist.get_rank() == 0)
+    with stop, checkpoints, metrics:
         for step in range(position.step, config.steps):
             index, step_of_phase = phase_at(config, step)
             phase = config.phases[index]
@@ -185,13 +200,31 @@ def _run_steps(state: TrainingState, folder: Path, data: Path) -> None:
             stopped = any_rank(stop.requested)
             due = config.checkpoint_every and done % config.checkpoint_every == 0
             if done < config.steps and (due or stopped):
-                position = Position(done, feed.epoch, feed.rows)
-                save_checkpoint(folder / "checkpoints", state.model, state.optimizer, position, config.checkpoints_kept)
+                checkpoints.save(state_dicts(state), Position(done, feed.epoch, feed.rows), config)
             if done < config.steps and stopped:
+                checkpoints.close()
                 raise LongvilaError(
                     f"{config.name} was told to stop (SIGTERM) and saved step {done} of {config.steps}; the same "
                     f"command goes on from there"
                 )
+
+
+def state_dicts(state: TrainingState) -> dict[str, Any]:
+    """What a checkpoint holds of the model and the optimizer."""
+    model, optimizer = get_state_dict(state.model, state.optimizer)
+    return {"model": model, "optimizer": optimizer}
+
+
+def resume(state: TrainingState, checkpoints: Checkpoints) -> Position:
+    """Restores the newest checkpoint; where there is none, the start."""
+    saved = state_dicts(state)
+    if (position := checkpoints.load(saved)) is None:
+        # Asked for its state, a new optimizer took an empty step. That must not count in its bias correction.
+        for moments in state.optimizer.state.values():
+            moments["step"].zero_()
+        return Position()
+    set_state_dict(state.model, state.optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
+    return position
 
 
 def take_step(state: TrainingState, batch: Step, rate: float) -> dict[str, float]:

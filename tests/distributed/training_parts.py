@@ -1,7 +1,5 @@
 """A small model, rows and a state to take steps with, without files."""
 
-from pathlib import Path
-
 import torch
 
 from longvila.apply import apply_folds
@@ -19,12 +17,15 @@ from longvila.parallel.batch import frame_share, shift_labels
 from longvila.parallel.fold import make_fold
 from longvila.shards.bad import BadSamples
 from longvila.shards.rows import Row
+from longvila.train.feed import Step
 from longvila.train.gradients import MIXED, TEXT, VIDEO, make_model, make_row
-from longvila.train.loop import TrainingState
+from longvila.train.loop import TrainingState, take_step
 from longvila.train.optimizer import choose_trained, make_optimizer
 
 DOCUMENTS = (MIXED, TEXT, VIDEO, MIXED[::-1])
 RATE = 1e-3
+NUM_ROWS = 4
+"""Of a step, over all data ranks."""
 OPTIMIZER = OptimizerConfig(weight_decay=0.1, clip=0.5)
 
 
@@ -65,6 +66,18 @@ def make_rows(fold, indices) -> list[Row]:
     return rows
 
 
+def steps(state, first, count):
+    """Takes steps of NUM_ROWS rows each, dealt to the data ranks; returns their figures."""
+    figures = []
+    for step in range(first, first + count):
+        start = NUM_ROWS * step
+        everything = make_rows(state.fold, range(start, start + NUM_ROWS))
+        mine = tuple(everything[state.fold.data_rank :: state.fold.num_data])
+        targets = sum(int((row.labels != -100).sum()) for row in everything)
+        figures.append(take_step(state, Step(mine, targets, 0), RATE))
+    return figures
+
+
 class RowList:
     """The loader's interface over rows in memory."""
 
@@ -80,7 +93,3 @@ class RowList:
 
 def whole_weights(model) -> dict[str, torch.Tensor]:
     return {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach() for n, p in model.named_parameters()}
-
-
-def checkpoint_folder(root: str) -> Path:
-    return Path(root) / "checkpoints"
