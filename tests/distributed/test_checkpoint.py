@@ -32,12 +32,16 @@ def names(folder):
 
 
 def save_after_two(parallel, folder, asynchronous=False, sharding=ShardingConfig()):
-    """Two steps, a checkpoint, a third step: the weights then."""
+    """Two steps, a checkpoint, a third step: the weights then. In the background nothing is written before its end."""
     state = make_state(parallel, sharding=sharding)
     steps(state, 0, 2)
+    write, changed = Checkpoints._write, threading.Event()
+    if asynchronous:
+        Checkpoints._write = lambda *arguments: changed.wait(60) and write(*arguments)
     with Checkpoints(folder, 1, asynchronous) as checkpoints:
         checkpoints.save(state_dicts(state), Position(2, 0, 8), state.config)
         steps(state, 2, 1)
+        changed.set()
     return whole_weights(state.model)
 
 
@@ -54,7 +58,6 @@ def same(one, other):
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_the_same_ranks_continue_bit_for_bit(tmp_path, asynchronous):
-    """An asynchronous save is under way while the third step changes the weights: none of that may be in it."""
     expected = run_ranks(save_after_two, 2, PAIR, tmp_path, asynchronous)[0]
     assert same(run_ranks(continue_after_two, 2, PAIR, tmp_path)[0], expected)
 
@@ -275,32 +278,41 @@ def test_a_full_disk_is_one_error_on_every_rank_and_the_last_checkpoint_stays(tm
 
 
 def save_slowly(folder):
-    """Saves in the background, where writing waits until a second save has been asked for."""
-    config, state = make_config(PAIR), tiny_state()
-    checkpoints, write, running = Checkpoints(folder, 2, asynchronous=True), Checkpoints._write, threading.Event()
-    at_once = []
+    """Saves twice in the background; what is complete when the second save returns, which writes nothing until then."""
+    state, write, returned = tiny_state(), Checkpoints._write, threading.Event()
 
-    def slow(self, *arguments):
-        at_once.append(running.is_set())
-        running.set()
+    def slow(self, state, step, about):
         time.sleep(0.2)
-        write(self, *arguments)
-        running.clear()
+        if step == 2:
+            returned.wait(60)
+        write(self, state, step, about)
 
     Checkpoints._write = slow
-    checkpoints.save(state, Position(1), config)
-    under_way = running.wait(5)
-    state["model"]["weight"] += 1
-    checkpoints.save(state, Position(2), config)
-    checkpoints.close()
-    return under_way, at_once
+    with Checkpoints(folder, 2, asynchronous=True) as checkpoints:
+        checkpoints.save(state, Position(1), make_config(PAIR))
+        checkpoints.save(state, Position(2), make_config(PAIR))
+        found = names(folder)
+        returned.set()
+    return found
 
 
 def test_one_save_is_under_way_at_a_time(tmp_path):
-    for under_way, at_once in run_ranks(save_slowly, 2, tmp_path):
-        assert under_way
-        assert at_once == [False, False]
+    assert run_ranks(save_slowly, 2, tmp_path) == [["step-000001"]] * 2
     assert names(tmp_path) == ["step-000001", "step-000002"]
+
+
+def fail_in_the_background(folder):
+    checkpoints = Checkpoints(folder, 2, asynchronous=True)
+    (folder.parent / "file").write_text("")
+    checkpoints.folder = folder.parent / "file"
+    checkpoints.save(tiny_state(), Position(1), make_config(PAIR))
+    with pytest.raises(LongvilaError, match=r"step-000001 could not be saved: .*Not a directory.* \(rank 0\)"):
+        checkpoints.save(tiny_state(), Position(2), make_config(PAIR))
+    checkpoints.close()
+
+
+def test_what_goes_wrong_in_the_background_is_raised_by_the_next_save_on_every_rank(tmp_path):
+    run_ranks(fail_in_the_background, 2, tmp_path / "checkpoints")
 
 
 def draw():
