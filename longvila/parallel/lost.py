@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -31,10 +32,11 @@ def lost_ranks(timeout: float) -> Iterator[None]:
     except RuntimeError as error:
         if not _is_about_another_rank(error):
             raise
-        reason = str(error).strip().splitlines()[0]
+        # gloo: "[FILE:LINE] what happened. Advice."
+        reason = re.sub(r"^\[\S+\] ", "", str(error).strip().splitlines()[0]).split(". ")[0]
         raise LongvilaError(
-            f"another rank died, or did not answer within {timeout:g} s; what it said last says why. The same command "
-            f"goes on from the last checkpoint. Here: {reason}"
+            f"another rank died, or did not answer within {timeout:g} s ({reason}); what it said last says why. The "
+            f"same command goes on from the last checkpoint"
         ) from error
 
 
