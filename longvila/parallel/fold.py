@@ -91,7 +91,12 @@ def start_world(timeout: float = 1800.0) -> torch.device:
 
     Args:
         timeout: seconds that a rank waits for another, in this group and all that `make_fold` makes.
+
+    Raises:
+        ConfigError: where `timeout` is not positive.
     """
+    if timeout <= 0:
+        raise ConfigError(f"rank_timeout is {timeout:g} s; ranks must be given time to wait for each other")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":

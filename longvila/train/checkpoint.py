@@ -69,6 +69,8 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, keep: int, asynchronous: bool = False) -> None:
+        if keep < 1:
+            raise ConfigError(f"checkpoints_kept is {keep}; at least one must be kept to go on from")
         self.folder = folder
         self._keep = keep
         # A group of its own, on the CPU: a save in the background must not meet the collectives of training.

@@ -118,6 +118,11 @@ def test_only_the_newest_are_kept(tmp_path):
     assert names(tmp_path) == ["step-000010", "step-000100"]
 
 
+def test_none_to_be_kept_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="checkpoints_kept is 0"):
+        Checkpoints(tmp_path, 0)
+
+
 def test_steps_are_ordered_by_number(tmp_path):
     run_ranks(save_some, 1, tmp_path, (999_999, 1_000_000))
     assert run_ranks(load_tiny, 1, tmp_path) == [1_000_000]

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from longvila.config import ParallelConfig, ShardingConfig
-from longvila.errors import LongvilaError
+from longvila.errors import ConfigError, LongvilaError
 from longvila.parallel.agree import any_rank, barrier
 from longvila.parallel.fold import make_fold, parameter_mesh, start_world, world_timeout
 from longvila.parallel.launch import RankError, run_ranks
@@ -107,3 +107,8 @@ def fail_otherwise():
 def test_errors_that_are_not_about_other_ranks_are_left_alone():
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         fail_otherwise()
+
+
+def test_no_time_to_wait_is_refused():
+    with pytest.raises(ConfigError, match="rank_timeout is 0 s"):
+        start_world(0)
