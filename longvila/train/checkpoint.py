@@ -225,12 +225,16 @@ class Checkpoints:
 
     def _say_failed(self, final: Path, state: dict[str, Any], error: BaseException) -> str:
         needed = sum(tensor.numel() * tensor.element_size() for _, tensor in _tensors(state))
+        free = shutil.disk_usage(self.folder.parent).free
         last = _steps(self.folder)
+        way_out = (
+            f"the last good checkpoint is {last[-1].name}: make room, and the same command goes on from it"
+            if last
+            else "there is no earlier checkpoint: make room, and the same command starts again"
+        )
         return (
-            f"{final} could not be saved: {_reason(error)}. It takes {needed / 1e6:,.1f} MB, and "
-            f"{shutil.disk_usage(self.folder.parent).free / 1e6:,.1f} MB are free. "
-            + (f"The last good checkpoint is {last[-1].name}" if last else "There is no earlier checkpoint")
-            + "; make room, and the same command goes on from there"
+            f"{final} could not be saved: {_reason(error)}. It takes {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are "
+            f"free; {way_out}"
         )
 
     def _list(self) -> list[Path]:
@@ -368,7 +372,10 @@ def _reason(error: BaseException) -> str:
         rank, (error, _) = next(iter(error.failures.items()))
         return f"{_reason(error)} (rank {rank})"
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    # What torch's writer says when the disk fills up in the middle of a tensor: "unexpected pos 704 vs 598".
+    return "a file could not be written to its end" if "inline_container" in lines[0] else lines[0]
 
 
 def _random_state() -> dict[str, Any]:

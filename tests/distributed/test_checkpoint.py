@@ -254,17 +254,17 @@ def test_a_killed_save_leaves_the_last_good_one_and_the_next_start_removes_its_r
     assert names(tmp_path) == ["step-000001", "step-000002"]
 
 
-def save_on_a_full_disk(folder, full_rank, asynchronous):
-    """Files of more than 2 kB cannot be written by one rank, as if its disk were full."""
+def save_on_a_full_disk(folder, full_rank, asynchronous, limit):
+    """Files of more than `limit` bytes cannot be written by one rank, as if its disk were full."""
     config = make_config(PAIR)
-    state = {"model": {f"weight{i}": torch.zeros(1000) for i in range(8)}, "optimizer": {}}
+    state = {"model": {f"weight{i}": torch.zeros(50_000) for i in range(8)}, "optimizer": {}}
     checkpoints = Checkpoints(folder, 2, asynchronous)
     checkpoints.save(state, Position(1), config)
     checkpoints.close()
     checkpoints = Checkpoints(folder, 2, asynchronous)
     if dist.get_rank() == full_rank:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     with pytest.raises(LongvilaError) as caught, checkpoints:  # leaving them waits for a save in the background
         checkpoints.save(state, Position(2), config)
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
@@ -273,12 +273,19 @@ def save_on_a_full_disk(folder, full_rank, asynchronous):
 
 @pytest.mark.parametrize("full_rank", [0, 1])
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_a_full_disk_is_one_error_on_every_rank_and_the_last_checkpoint_stays(tmp_path, full_rank, asynchronous):
+@pytest.mark.parametrize(
+    ("limit", "words"),
+    [(2000, r"\[Errno 27\] File too large"), (20_000, "a file could not be written to its end")],
+)
+def test_a_full_disk_is_one_error_on_every_rank_and_the_last_checkpoint_stays(
+    tmp_path, full_rank, asynchronous, limit, words
+):
+    """The two ways in which torch tells of it: as the system does and, inside a tensor, in a way of its own."""
     folder = tmp_path / "checkpoints"
-    for said in run_ranks(save_on_a_full_disk, 2, folder, full_rank, asynchronous):
-        assert f"{folder}/step-000002 could not be saved: [Errno 27] File too large (rank {full_rank})" in said
-        assert "It takes 0.0 MB" in said
-        assert "The last good checkpoint is step-000001" in said
+    for said in run_ranks(save_on_a_full_disk, 2, folder, full_rank, asynchronous, limit):
+        assert re.search(rf"step-000002 could not be saved: {words} \(rank {full_rank}\)", said)
+        assert "It takes 1.6 MB" in said
+        assert "the last good checkpoint is step-000001: make room" in said
     assert names(folder) == ["step-000001"]
 
 
