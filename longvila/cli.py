@@ -271,6 +271,20 @@ def attention(
     _print_bars(figures)
 
 
+@functools.partial(verb, of=benches)
+def faults(
+    json_: Annotated[Path | None, typer.Option("--json", help="The file to write.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Six of the twenty faults.")] = False,
+) -> None:
+    """Break a run of two ranks in twenty ways; each must be said, lose no checkpoint, and resume bit for bit."""
+    from longvila.bench.faults import run
+
+    figures = run(quick, _print_table)
+    if json_ is not None:
+        _write_figures(figures, json_)
+    _print_bars(figures)
+
+
 @verb
 def doctor() -> None:
     """Say what this machine has and what a run would use."""

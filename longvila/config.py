@@ -223,6 +223,11 @@ class StageConfig:
     checkpoint_every: int = 200
     """Steps between resumable checkpoints; 0 saves only at the end."""
     checkpoints_kept: int = 2
+    checkpoint_async: bool = False
+    """Whether training goes on while a checkpoint is written, from a copy in the memory of the CPU."""
+    rank_timeout: float = 1800.0
+    """Seconds that a rank waits for the others before the run ends with an error; more than the slowest save, or the
+    decoding of the longest row, takes."""
     seed: int = 0
 
     @property

@@ -6,6 +6,7 @@ matters. The ranks have printed their error already, as one line or as a traceba
 
 import sys
 
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 
@@ -14,3 +15,5 @@ if __name__ == "__main__":
         main()
     except ChildFailedError as error:
         sys.exit(f"{len(error.failures)} of the ranks failed; what they said stands above")
+    except SignalException as error:
+        sys.exit(f"told to stop ({error.sigval.name}), as the ranks were; what they said stands above")

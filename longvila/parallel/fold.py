@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -85,8 +86,17 @@ class Fold:
         return part, head
 
 
-def start_world() -> torch.device:
-    """Joins the process group that torchrun describes (or a world of one without it) and returns this rank's device."""
+def start_world(timeout: float = 1800.0) -> torch.device:
+    """Joins the process group that torchrun describes (or a world of one without it) and returns this rank's device.
+
+    Args:
+        timeout: seconds that a rank waits for another, in this group and all that `make_fold` makes.
+
+    Raises:
+        ConfigError: where `timeout` is not positive.
+    """
+    if timeout <= 0:
+        raise ConfigError(f"rank_timeout is {timeout:g} s; ranks must be given time to wait for each other")
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
@@ -94,10 +104,16 @@ def start_world() -> torch.device:
     if not dist.is_initialized():
         backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
         if "RANK" in os.environ:
-            dist.init_process_group(backend)
+            dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return device
+
+
+def world_timeout() -> timedelta:
+    """How long the ranks of the world wait for each other. Groups do not inherit it: torch gives each 30 minutes."""
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout
 
 
 def check_world(parallel: ParallelConfig, world: int) -> int:
@@ -125,7 +141,7 @@ def make_fold(parallel: ParallelConfig, device_type: str) -> Fold:
         axes = ("data", "head", "outer", "inner")
     else:
         axes = ("data", "outer", "inner", "head")
-    mesh = init_device_mesh(device_type, tuple(sizes[axis] for axis in axes), mesh_dim_names=axes)
+    mesh = _make_mesh(device_type, {axis: sizes[axis] for axis in axes})
     ranks = mesh.mesh.cpu().permute([axes.index(axis) for axis in ("data", "head", "outer", "inner")])
     columns = ranks.flatten(2).flatten(0, 1).tolist()
     rings = ranks.flatten(0, 2).tolist()
@@ -176,11 +192,20 @@ def parameter_mesh(sharding: ShardingConfig, device_type: str) -> DeviceMesh:
     node = check_sharding(sharding, world)
     shard = {"world": world, "node": node, "none": 1}[sharding.optimizer]
     if shard == world:
-        return init_device_mesh(device_type, (world,), mesh_dim_names=("shard",))
-    return init_device_mesh(device_type, (world // shard, shard), mesh_dim_names=("replicate", "shard"))
+        return _make_mesh(device_type, {"shard": world})
+    return _make_mesh(device_type, {"replicate": world // shard, "shard": shard})
+
+
+def _make_mesh(device_type: str, sizes: dict[str, int]) -> DeviceMesh:
+    mesh = init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    # A mesh takes no timeout. torch 2.14 made the function that sets one public; earlier ones have the old name alone.
+    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+    for group in mesh.get_all_groups():
+        set_timeout(world_timeout(), group)
+    return mesh
 
 
 def _my_group(members: list[list[int]]) -> dist.ProcessGroup:
-    group, _ = dist.new_subgroups_by_enumeration(members)
+    group, _ = dist.new_subgroups_by_enumeration(members, timeout=world_timeout())
     assert isinstance(group, dist.ProcessGroup), "every rank of the world is in one of the groups"
     return group

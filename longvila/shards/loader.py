@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from longvila.config import DataConfig
-from longvila.errors import ConfigError, LongvilaError
+from longvila.errors import ConfigError, DataError, LongvilaError
 from longvila.shards.bad import BadNews, BadSamples
 from longvila.shards.document import Document, Encode, to_documents
 from longvila.shards.rows import Row, build_row, pack
@@ -107,16 +108,18 @@ class RowLoader:
         return build_row(documents, self.sequence_rank, self.num_sequence_ranks, self.image_size)
 
     def _rows_of_workers(self, epoch: int, skip: int) -> Iterator[Row]:
-        # Forked, so that `encode` need not be picklable; nothing in a worker touches a GPU.
+        # Forked, so that `encode` need not be picklable; nothing in a worker touches a GPU. The seed that torch gives
+        # its workers is not drawn from the training's generator: a run resumed inside an epoch would draw once more.
         deliveries = DataLoader(
             _WorkerRows(self, epoch, skip),
             batch_size=None,
             num_workers=self.data.workers,
             collate_fn=_unchanged,
             multiprocessing_context="fork",
+            generator=torch.Generator().manual_seed(self.seed),
         )
         position = 0
-        for delivery in deliveries:
+        for delivery in _from_workers(deliveries):
             self.bad.absorb(delivery.news)
             if delivery.error is not None:
                 raise delivery.error
@@ -157,6 +160,19 @@ class _WorkerRows(IterableDataset):
             yield _Delivery(bad.take(), error=error)
         else:
             yield _Delivery(bad.take())
+
+
+def _from_workers(deliveries: DataLoader) -> Iterator[Any]:
+    try:
+        yield from deliveries
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(
+            f"a loader process died ({reason}); if the machine ran out of memory, use fewer of them (data.workers), or "
+            f"a smaller data.shuffle_buffer"
+        ) from error
 
 
 def _unchanged(item: T) -> T:

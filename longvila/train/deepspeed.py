@@ -94,15 +94,24 @@ class DeepSpeedEngine:
     def __init__(self, model: LongVilaModel, fold: Fold, config: StageConfig) -> None:
         settings = deepspeed_config(config, dist.get_world_size())
         self._deepspeed = _import()
+        self._mesh = init_device_mesh(fold.mesh.device_type, (dist.get_world_size(),), mesh_dim_names=("zero",))
         apply_folds(model, fold, config.precision, config.recompute, config.recompute_keeps, None)
         self.model = model
         self._stage = settings["zero_optimization"]["stage"]
         optimizer = make_optimizer(model, config.optimizer)
         self._fragments = importlib.import_module("deepspeed.utils")
+        # DeepSpeed casts everything. What does not move stays as it is in what is saved, and RoPE's frequencies in use.
+        self._frozen = {
+            name: self._spread(tensor.detach().clone())
+            for name, tensor in self._named()
+            if config.precision == "bf16" and not tensor.requires_grad
+        }
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         self._engine = self._deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
+        for name, buffer in model.named_buffers():
+            buffer.data = buffers[name].to(buffer.device)
         self._zero: Any = self._engine.optimizer
         self._create_moments()
-        self._mesh = init_device_mesh(fold.mesh.device_type, (dist.get_world_size(),), mesh_dim_names=("zero",))
 
     def _create_moments(self) -> None:
         """Makes AdamW's state ahead of its first step, when torch would: a checkpoint is loaded into it. (Stages 1 and
@@ -125,11 +134,9 @@ class DeepSpeedEngine:
 
     def gradient_norm(self) -> float:
         if self._stage < 3:
-            self._norm = float(self._zero.scaled_global_norm())
-        else:
-            combine = importlib.import_module("deepspeed.runtime.utils").combine_grad_norm_groups
-            self._norm = float(combine(self._zero._get_norm_groups()))
-        return self._norm
+            return float(self._zero.scaled_global_norm())
+        combine = importlib.import_module("deepspeed.runtime.utils").combine_grad_norm_groups
+        return float(combine(self._zero._get_norm_groups()))
 
     def step(self, rate: float) -> None:
         set_learning_rate(self._zero, rate)
@@ -155,7 +162,7 @@ class DeepSpeedEngine:
     def weights(self) -> dict[str, Tensor]:
         found = {}
         for name, tensor in self._named():
-            whole = self._master(tensor)  # collective
+            whole = self._master(name, tensor)  # collective
             if dist.get_rank() == 0:
                 found[name] = whole.cpu()
         return found
@@ -163,7 +170,7 @@ class DeepSpeedEngine:
     def state(self) -> dict[str, Any]:
         read = self._fragments.safe_get_full_optimizer_state
         steps = next(iter(self._zero.optimizer.state.values()))["step"]
-        weights = {name: self._spread(self._master(tensor)) for name, tensor in self._named()}
+        weights = {name: self._spread(self._master(name, tensor)) for name, tensor in self._named()}
         moments = {
             name: {
                 "step": steps.clone(),
@@ -176,7 +183,7 @@ class DeepSpeedEngine:
 
     def load_state(self, state: dict[str, Any]) -> None:
         for name, tensor in self._named():
-            self._set_master(tensor, _whole(state["model"][name]))
+            self._set_master(name, tensor, _whole(state["model"][name]))
         trained = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         for name, parameter in trained.items():
             for key in _MOMENTS:
@@ -188,22 +195,26 @@ class DeepSpeedEngine:
         """Parameters and persistent buffers under every name they have, tied ones twice, as torch saves them."""
         yield from self.model.state_dict(keep_vars=True).items()
 
-    def _spread(self, whole: Tensor) -> DTensor:
+    def _spread(self, whole: Tensor) -> Tensor:
         """This rank's part of a tensor that all ranks hold, in the form in which FSDP2 would save it."""
-        return distribute_tensor(whole, self._mesh, [Shard(0)], src_data_rank=None)
+        return distribute_tensor(whole, self._mesh, [Shard(0)], src_data_rank=None) if whole.ndim else whole
 
-    def _master(self, tensor: Tensor) -> Tensor:
-        """The whole weight: the fp32 master where it is trained, else as it is. Collective."""
+    def _master(self, name: str, tensor: Tensor) -> Tensor:
+        """The whole weight, as exactly as it is known. Collective."""
         if tensor.requires_grad:
             return self._fragments.safe_get_full_fp32_param(tensor)
+        if name in self._frozen:
+            return _whole(self._frozen[name])
         with self._gathered(tensor):
             return tensor.detach().clone()
 
-    def _set_master(self, tensor: Tensor, whole: Tensor) -> None:
+    def _set_master(self, name: str, tensor: Tensor, whole: Tensor) -> None:
         with self._gathered(tensor, modifier_rank=0), torch.no_grad():
             tensor.copy_(whole)
         if tensor.requires_grad:
             self._fragments.safe_set_full_fp32_param(tensor, whole)
+        elif name in self._frozen:
+            self._frozen[name] = self._spread(whole)
 
     def _gathered(self, tensor: Tensor, modifier_rank: int | None = None) -> AbstractContextManager[None]:
         """Stage 3 holds a share of each parameter; within, the tensor is whole."""

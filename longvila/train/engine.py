@@ -138,7 +138,11 @@ class FSDP2Engine:
         return weights if dist.get_rank() == 0 else {}
 
     def state(self) -> dict[str, Any]:
+        fresh = not self.optimizer.state
         model, optimizer = get_state_dict(self.model, self.optimizer)
+        if fresh:  # asked for its state, it took an empty step, which must not count in its bias correction
+            for moments in self.optimizer.state.values():
+                moments["step"].zero_()
         self._groups = optimizer["param_groups"]
         return {"model": model, "optimizer": optimizer["state"]}
 

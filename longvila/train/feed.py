@@ -84,6 +84,9 @@ class RowFeed:
                 self._loader.bad.record(*self._dropped.popitem())
             for index in range(self._rows_per_step):
                 rows[index] = next(self._iterator, None)
+        except OSError as caught:
+            error = DataError(f"the data cannot be read: {caught}")
+            error.__cause__ = caught
         except Exception as caught:  # told to every rank by `agree`, which raises it again here
             error = caught
         return rows, agree([_view(row) for row in rows], error, self._fold)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -24,5 +25,8 @@ class StopSignal:
         self.requested = True
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._active:
+        # torchrun tells all ranks to stop as soon as one has failed. One that is about to end with an error of its own
+        # must not be cut off before it has said it.
+        failing = error is not None and "RANK" in os.environ
+        if self._active and not failing:
             signal.signal(signal.SIGTERM, self._previous)

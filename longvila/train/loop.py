@@ -30,10 +30,11 @@ from longvila.model.vlm import LongVilaModel
 from longvila.parallel.agree import any_rank, barrier, sum_over_world
 from longvila.parallel.batch import shard_row
 from longvila.parallel.fold import Fold, make_fold, start_world
+from longvila.parallel.lost import lost_ranks
 from longvila.shards.bad import BadSamples
 from longvila.shards.loader import RowLoader
 from longvila.shards.rows import Row
-from longvila.train.checkpoint import Position, load_checkpoint, save_checkpoint
+from longvila.train.checkpoint import Checkpoints, Position
 from longvila.train.engine import Engine, make_engine
 from longvila.train.feed import RowFeed, Step
 from longvila.train.interrupt import StopSignal
@@ -56,8 +57,14 @@ def train(config: StageConfig, run: Path, data: Path, dry_run: bool = False) -> 
     Raises:
         ConfigError: a missing or foreign input checkpoint, a folder that holds another run, a fold that does not fit.
         DataError: on every rank, when the data cannot go on.
+        LongvilaError: on the other ranks, when one has died or hangs.
     """
-    device = start_world()
+    with lost_ranks(config.rank_timeout):
+        return _train(config, run, data, dry_run)
+
+
+def _train(config: StageConfig, run: Path, data: Path, dry_run: bool) -> Path:
+    device = start_world(config.rank_timeout)
     folder = run / config.name
     if claim_folder(folder, config, write=not dry_run):
         log.info("%s is complete: %s", config.name, folder / "model")
@@ -158,13 +165,15 @@ def _start(config: StageConfig, run: Path, fold: Fold, device: torch.device) -> 
 
 def _run_steps(state: TrainingState, folder: Path, data: Path) -> None:
     config = state.config
-    position = load_checkpoint(folder / "checkpoints", state.engine) or Position()
+    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoints_kept, config.checkpoint_async)
+    position = resume(state.engine, checkpoints)
     if position.step:
         log.info("%s continues at step %d", config.name, position.step)
     feed: RowFeed | None = None
     bad = folder / f"bad-{state.fold.data_rank}.jsonl"
     stop = StopSignal()
-    with stop, Metrics(folder, config.name, config.steps, position.step, active=dist.get_rank() == 0) as metrics:
+    metrics = Metrics(folder, config.name, config.steps, position.step, active=dist.get_rank() == 0)
+    with stop, checkpoints, metrics:
         for step in range(position.step, config.steps):
             index, step_of_phase = phase_at(config, step)
             phase = config.phases[index]
@@ -189,19 +198,28 @@ def _run_steps(state: TrainingState, folder: Path, data: Path) -> None:
             stopped = any_rank(stop.requested)
             due = config.checkpoint_every and done % config.checkpoint_every == 0
             if done < config.steps and (due or stopped):
-                position = Position(done, feed.epoch, feed.rows)
-                save_checkpoint(folder / "checkpoints", state.engine.state(), position, config.checkpoints_kept)
+                checkpoints.save(state.engine.state(), Position(done, feed.epoch, feed.rows), config)
             if done < config.steps and stopped:
+                checkpoints.close()
                 raise LongvilaError(
                     f"{config.name} was told to stop (SIGTERM) and saved step {done} of {config.steps}; the same "
                     f"command goes on from there"
                 )
 
 
+def resume(engine: Engine, checkpoints: Checkpoints) -> Position:
+    """Restores the newest checkpoint; where there is none, the start."""
+    state = engine.state()
+    if (position := checkpoints.load(state)) is None:
+        return Position()
+    engine.load_state(state)
+    return position
+
+
 def _rehearse(state: TrainingState, folder: Path, root: Path) -> None:
     """Reads the last checkpoint and the first step of every phase, and says what the stage would do."""
     config = state.config
-    position = load_checkpoint(folder / "checkpoints", state.engine) or Position()
+    position = resume(state.engine, Checkpoints(folder / "checkpoints", config.checkpoints_kept))
     log.info("%s: %d of %d steps are done", config.name, position.step, config.steps)
     for phase in config.phases:
         feed = RowFeed(make_loader(state, phase.data, root), state.fold, phase.rows_per_step)

@@ -9,10 +9,9 @@ import torch
 from longvila.bench.engines import FIRST_GRADIENT, NORM, engine_steps, errors, make_state, plain_steps, take_steps
 from longvila.config import LoraConfig, ParallelConfig
 from longvila.parallel.launch import run_ranks
-from longvila.train.checkpoint import Position, load_checkpoint, save_checkpoint
-from longvila.train.loop import part_checksums
-
-from .training_parts import checkpoint_folder
+from longvila.train.checkpoint import Checkpoints, Position
+from longvila.train.gradients import make_model
+from longvila.train.loop import part_checksums, resume
 
 pytest.importorskip("deepspeed")
 
@@ -47,26 +46,27 @@ def test_halved_gradients_hide_in_the_weights_and_are_seen_in_norms_and_gradient
     assert not found["within"]
 
 
-def save_after_two(engine, root):
-    state = make_state(TWO, torch.float32, engine=engine)
+def save_after_two(engine, folder, fields):
+    state = make_state(TWO, torch.float32, engine=engine, **fields)
+    assert resume(state.engine, Checkpoints(folder, 1)) == Position()
     take_steps(state, 0, 2)
-    save_checkpoint(checkpoint_folder(root), state.engine.state(), Position(2, 0, 8), keep=1)
+    Checkpoints(folder, 1).save(state.engine.state(), Position(2, 0, 8), state.config)
     take_steps(state, 2, 2)
     return state.engine.weights()
 
 
-def continue_after_two(engine, root, parallel):
-    state = make_state(parallel, torch.float32, engine=engine)
-    assert load_checkpoint(checkpoint_folder(root), state.engine) == Position(2, 0, 8)
+def continue_after_two(engine, folder, parallel, fields):
+    state = make_state(parallel, torch.float32, engine=engine, **fields)
+    assert resume(state.engine, Checkpoints(folder, 1)) == Position(2, 0, 8)
     take_steps(state, 2, 2)
     return state.engine.weights()
 
 
 @pytest.mark.parametrize("saved_by", ["fsdp2", "zero1", "zero3"])
 def test_every_engine_continues_what_another_saved(saved_by, tmp_path):
-    expected = run_ranks(save_after_two, 2, saved_by, str(tmp_path))[0]
+    expected = run_ranks(save_after_two, 2, saved_by, tmp_path, {})[0]
     for engine, world, parallel in [("fsdp2", 2, TWO), ("zero1", 2, TWO), ("zero2", 4, TWO), ("zero3", 2, TWO)]:
-        found = run_ranks(continue_after_two, world, engine, str(tmp_path), parallel)[0]
+        found = run_ranks(continue_after_two, world, engine, tmp_path, parallel, {})[0]
         difference = max((found[name] - weight).abs().max().item() for name, weight in expected.items())
         assert difference == 0 if engine == saved_by else difference < 2e-6, engine
 
@@ -126,3 +126,27 @@ def test_the_users_own_file_offloads_to_the_host_and_the_steps_stay_the_same(eng
 
 def offloaded_steps(engine, file):
     return engine_steps(TWO, engine, torch.float32, STEPS, deepspeed_json=file)
+
+
+@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+def test_bf16_keeps_masters_and_what_is_frozen_in_fp32(engine, tmp_path):
+    fields = {"precision": "bf16", "trains": ("projector", "language_model")}
+    expected = run_ranks(save_after_two, 2, engine, tmp_path, fields)[0]
+    start = make_model().float().state_dict()
+    assert all(torch.equal(start[name], weight) for name, weight in expected.items() if name.startswith("vision."))
+    assert any((weight != weight.bfloat16().float()).any() for name, weight in expected.items() if "q_proj" in name)
+    same = run_ranks(continue_after_two, 2, engine, tmp_path, TWO, fields)[0]
+    assert all(torch.equal(same[name], weight) for name, weight in expected.items())
+    other = run_ranks(continue_after_two, 2, "fsdp2", tmp_path, TWO, fields)[0]
+    # AdamW turns a gradient that bf16 rounds to the other side of 0 round: two steps' worth, either way.
+    assert max((other[name] - weight).abs().max().item() for name, weight in expected.items()) <= 4.1e-3
+
+
+def frequencies(engine):
+    state = make_state(TWO, torch.float32, engine=engine, precision="bf16")
+    return state.model.language_model.get_decoder().rotary_emb.inv_freq
+
+
+def test_rope_frequencies_stay_in_fp32_where_deepspeed_casts_the_model():
+    expected = make_model().float().language_model.get_decoder().rotary_emb.inv_freq
+    assert torch.equal(run_ranks(frequencies, 2, "zero2")[0], expected)

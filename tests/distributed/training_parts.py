@@ -1,7 +1,5 @@
 """What tests of the loop share beside the small models and rows of `longvila.bench.engines`."""
 
-from pathlib import Path
-
 import torch
 
 from longvila.shards.bad import BadSamples
@@ -22,7 +20,3 @@ class RowList:
 
 def whole_weights(model) -> dict[str, torch.Tensor]:
     return {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach() for n, p in model.named_parameters()}
-
-
-def checkpoint_folder(root: str) -> Path:
-    return Path(root) / "checkpoints"

@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from longvila.train.pretrain import train_tokenizer
+from longvila.bench.tiny import write_models
 
 from ..unit.video_fixtures import make_video
 
@@ -68,16 +67,7 @@ def run_folder(tmp_path_factory):
     (videos / "conversations.jsonl").write_text("\n".join(lines))
     run("pack", "folder", "--out", root / "data" / "clips", "-o", f"folder={videos}",
             "-o", f"conversations={videos / 'conversations.jsonl'}")  # fmt: skip
-    models = root / "models"
-    tokenizer = train_tokenizer(["What is shown? a film, number 0 1 2 3 4 5"], 300)
-    tokenizer.save_pretrained(models / "lm")
-    text = Qwen3Config(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                       num_attention_heads=4, num_key_value_heads=2, head_dim=8, eos_token_id=tokenizer.eos_token_id,
-                       pad_token_id=tokenizer.pad_token_id, bos_token_id=None)  # fmt: skip
-    torch.manual_seed(0)
-    Qwen3ForCausalLM(text).save_pretrained(models / "lm")
-    vision = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 3, "head_width": 16}
-    (models / "tower.json").write_text(json.dumps({"embed_dim": 16, "vision_cfg": vision, "text_cfg": {}}))
+    write_models(root / "models", ["What is shown? a film, number 0 1 2 3 4 5"])
     return root
 
 

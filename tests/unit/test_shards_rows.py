@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -253,3 +255,19 @@ def test_the_index_beside_the_shards_is_not_needed(tmp_path):
     assert json.loads((folder / "index.json").read_text())["samples"] == 24
     (folder / "index.json").unlink()
     assert len(keys(rows_of(make_loader(tmp_path)))) == 24
+
+
+def test_a_loader_process_that_is_killed_is_a_data_error(tmp_path):
+    packed(tmp_path / "data")
+    loader = make_loader(tmp_path, workers=1)
+    loader.encode = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    with pytest.raises(DataError, match=r"a loader process died \(DataLoader worker \(pid.*data.workers"):
+        rows_of(loader)
+
+
+def test_reading_rows_draws_no_random_number_of_the_training(tmp_path):
+    """A run resumed inside an epoch starts its loader processes once more than one that was not."""
+    packed(tmp_path / "data")
+    before = torch.get_rng_state()
+    rows_of(make_loader(tmp_path, workers=1))
+    assert torch.equal(torch.get_rng_state(), before)
