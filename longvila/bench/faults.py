@@ -37,8 +37,8 @@ SECONDS = 20.0
 """Within which the ranks that are left must have spoken; a hung rank is given HANG more."""
 HANG = 25.0
 """`rank_timeout` of runs with a rank that hangs; it must suffice for one rank to start up later than the other."""
-LIMIT = 240.0
-"""Seconds after which a command counts as hanging, and is ended."""
+LIMIT = 900.0
+"""Seconds after which a command counts as hanging, and is ended; many, for machines that do other work beside."""
 MARK = "LONGVILA_FAULT"
 """A variable in the environment of a command's processes, by which those it leaves behind are found."""
 

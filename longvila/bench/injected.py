@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import resource
+import runpy
 import signal
 import sys
 import time
@@ -20,7 +21,6 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint import FileSystemWriter
 
-from longvila import cli
 from longvila.model.vlm import LongVilaModel
 from longvila.shards.loader import RowLoader
 
@@ -47,7 +47,7 @@ class Injected:
 
     def apply(self) -> None:
         self._count_steps()
-        if cli.rank() in self.ranks:
+        if int(os.environ["RANK"]) in self.ranks:
             getattr(self, self.kind)()
 
     def note(self) -> None:
@@ -202,4 +202,4 @@ def _wrap(owner: type, name: str, around: Callable[[Callable[..., Any]], Callabl
 
 if __name__ == "__main__":
     Injected(**json.loads(sys.argv.pop(1))).apply()
-    cli.main()
+    runpy.run_module("longvila.cli", run_name="__main__")

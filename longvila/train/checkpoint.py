@@ -121,12 +121,7 @@ class Checkpoints:
             "position": asdict(position),
             "world": self._world,
             "config": asdict(config),
-            "versions": {
-                "longvila": __version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "python": platform.python_version(),
-            },
+            "versions": _versions(),
         }
         if self._thread is None:
             self._write(state, position.step, about)
@@ -169,6 +164,8 @@ class Checkpoints:
                 log.warning("set aside as .bad: %s; going on from %s instead", _list_faults(faults), path)
         about = json.loads((path / "checkpoint.json").read_text())
         self._refuse_other_architecture(path, state)
+        if about["versions"] != _versions() and self._rank == 0:
+            log.info("%s was saved by %s, this is %s: bits may differ", path, about["versions"], _versions())
         same_world = about["world"] == self._world
         wanted = {**state, RANDOM: {str(self._rank): b""}} if same_world else state
         try:
@@ -376,6 +373,15 @@ def _reason(error: BaseException) -> str:
         return type(error).__name__
     # What torch's writer says when the disk fills up in the middle of a tensor: "unexpected pos 704 vs 598".
     return "a file could not be written to its end" if "inline_container" in lines[0] else lines[0]
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "longvila": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def _random_state() -> dict[str, Any]:

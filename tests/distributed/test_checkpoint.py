@@ -20,6 +20,7 @@ from longvila.bench.engines import make_config, make_state, take_steps
 from longvila.config import ParallelConfig, ShardingConfig
 from longvila.errors import ConfigError, LongvilaError
 from longvila.parallel.launch import run_ranks
+from longvila.train import checkpoint
 from longvila.train.checkpoint import Checkpoints, Position
 from longvila.train.loop import resume
 
@@ -370,3 +371,17 @@ def test_a_checkpoint_says_what_made_it(tmp_path):
     assert about["world"] == 2
     assert about["config"]["name"] == "test"
     assert about["versions"]["torch"] == torch.__version__
+
+
+def load_under_another_torch(folder):
+    checkpoint._versions = lambda: {"torch": "9.9"}
+    return load_and_listen(folder)
+
+
+def test_other_versions_are_named_in_the_log(tmp_path):
+    run_ranks(save_some, 1, tmp_path, (1,))
+    assert run_ranks(load_and_listen, 1, tmp_path) == [(1, [])]
+    step, said = run_ranks(load_under_another_torch, 1, tmp_path)[0]
+    assert step == 1
+    assert f"'torch': '{torch.__version__}'" in said[0]
+    assert "this is {'torch': '9.9'}" in said[0]
