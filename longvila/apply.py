@@ -1,8 +1,9 @@
 """Applies the folds to a model: the one place that knows both. The order matters and is the order of this file.
 
 1. attention: the language model's layers call `folded_attention`, plugged in by name through transformers' registries;
-2. recompute: activation checkpointing of the language model's layers;
-3. parameters: FSDP2 shards blocks, then the rest, over all ranks. Gradients are SUMMED over ranks: the loss is already
+2. tiles: the layers' token-wise modules take a tile of tokens at a time (`model/tile.py`);
+3. recompute: activation checkpointing of the language model's layers, around the tiles;
+4. parameters: FSDP2 shards blocks, then the rest, over all ranks. Gradients are SUMMED over ranks: the loss is already
    divided by the global count of target tokens, so no other factor may appear.
 """
 
@@ -17,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 
 from longvila.config import RecomputeName, ShardingConfig
 from longvila.errors import ConfigError
+from longvila.model.tile import tile_layers
 from longvila.parallel.attention import FoldedPlan
 from longvila.parallel.blocks import Mask
 from longvila.parallel.fold import Fold, check_sharding, parameter_mesh
@@ -85,6 +87,7 @@ def apply_folds(
     recompute: RecomputeName = "none",
     recompute_keeps: Collection[int] | None = None,
     sharding: ShardingConfig | None = ShardingConfig(),
+    tile_tokens: int | None = None,
 ) -> None:
     """Makes `model` (a LongVilaModel, or a causal language model of transformers) run under `fold`, in place.
 
@@ -93,6 +96,10 @@ def apply_folds(
         recompute: activation checkpointing of every language-model layer (`parallel/recompute.py`).
         recompute_keeps: layers whose attention it keeps; None means all.
         sharding: FSDP2 over all ranks, or as it says. None leaves parameters whole and gradients to the caller.
+        tile_tokens: tokens that the MLPs and norms of language-model layers take at a time; None means all.
+
+    Raises:
+        ConfigError: for what cannot be done exactly with this model, by name.
     """
     language_model = getattr(model, "language_model", model)
     language_model.set_attn_implementation(ATTENTION)
@@ -101,6 +108,8 @@ def apply_folds(
         for module in language_model.modules():
             if hasattr(module, "layer_idx"):
                 setattr(module, _NUMBER, module.layer_idx)
+    if tile_tokens is not None:
+        tile_layers(blocks(language_model), tile_tokens)
     if recompute != "none":
         # transformers 5.24 renamed it; earlier ones have the old name alone.
         new_name = getattr(language_model, "activation_checkpointing_enable", None)

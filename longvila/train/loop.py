@@ -145,7 +145,9 @@ def _start(config: StageConfig, run: Path, fold: Fold, device: torch.device) -> 
     prepare(model, config)
     model.to(device)  # type: ignore[arg-type]
     model.train()
-    apply_folds(model, fold, config.precision, config.recompute, config.recompute_keeps, config.sharding)
+    apply_folds(
+        model, fold, config.precision, config.recompute, config.recompute_keeps, config.sharding, config.tile_tokens
+    )
     optimizer = make_optimizer(model, config.optimizer)
     if dist.get_rank() == 0:
         log.info("%s trains %s", config.name, describe_parameters(model))
