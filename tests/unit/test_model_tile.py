@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, MixtralConfig, MixtralForCausalLM
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, MixtralConfig, MixtralForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from longvila.errors import ConfigError
 from longvila.model.tile import Tiled, tile_layers
@@ -68,6 +70,34 @@ def test_under_checkpointing_the_last_mlp_is_computed_twice_as_without_tiles():
 
     checkpoint(block, hidden, use_reentrant=False).sum().backward()
     assert tokens == [4, 4, 2, 4, 4, 2]
+
+
+class Products(TorchDispatchMode):
+    """Counts the multiplications of matrix products."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            left, right = args[-2:]
+            self.total += left.numel() * right.shape[1]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_tiles_take_as_many_operations_as_checkpointing_does(bias):
+    layer = LlamaDecoderLayer(LlamaConfig(**SMALL, mlp_bias=bias), 0)
+    hidden = torch.randn(1, 10, 32, requires_grad=True)
+
+    def step():
+        checkpoint(lambda x: x + layer.mlp(x), hidden, use_reentrant=False).sum().backward()
+
+    with Products() as plain:
+        step()
+    tile_layers([layer], 4)
+    with Products() as tiled:
+        step()
+    assert tiled.total == plain.total > 0
 
 
 def mixtral():
