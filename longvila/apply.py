@@ -3,13 +3,14 @@
 1. attention: the language model's layers call `folded_attention`, plugged in by name through transformers' registries;
 2. tiles: the layers' token-wise modules take a tile of tokens at a time (`model/tile.py`);
 3. recompute: activation checkpointing of the language model's layers, around the tiles;
-4. parameters: FSDP2 shards blocks, then the rest, over all ranks. Gradients are SUMMED over ranks: the loss is already
-   divided by the global count of target tokens, so no other factor may appear.
+4. parameters: FSDP2 shards blocks and embeddings, then the rest, over all ranks. Gradients are SUMMED over ranks: the
+   loss is already divided by the global count of target tokens, so no other factor may appear.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -131,13 +132,22 @@ def _shard_parameters(model: nn.Module, fold: Fold, precision: str, sharding: Sh
         reshard = check_sharding(sharding, mesh.size())
         if reshard == mesh.size():  # one node is the world
             reshard = True
-    for block in blocks(model):
+    for block in [*blocks(model), *_embeddings(model)]:
         fully_shard(block, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy)
     fully_shard(model, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy)
+    for embedding in _embeddings(model):
+        embedding.set_unshard_in_backward(False)  # its backward does not look at the weights
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def _embeddings(model: nn.Module) -> list[Any]:
+    """The language model's embeddings, where they are a matrix of their own: gathered for a look-up, not for a step."""
+    language_model: Any = getattr(model, "language_model", model)
+    embedding, head = language_model.get_input_embeddings(), language_model.get_output_embeddings()
+    return [] if head is not None and embedding.weight is head.weight else [embedding]
 
 
 def attention_of(config: PreTrainedConfig) -> ModelAttention:
