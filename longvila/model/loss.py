@@ -100,11 +100,11 @@ def chunked_cross_entropy(hidden: Tensor, labels: Tensor, head: Head, chunk: int
     Returns:
         The sum and the number of targets. Without a target the sum is 0 and still reaches every parameter.
     """
-    targets = labels != IGNORE
+    places = (labels != IGNORE).nonzero().flatten()
     trained = [p for p in head.parameters() if p.requires_grad]
     with_grads = torch.is_grad_enabled() and (hidden.requires_grad or bool(trained))
-    total = _ChunkedCrossEntropy.apply(hidden[targets], labels[targets], head, chunk, with_grads, *trained)
-    return total, targets.sum()  # type: ignore[return-value]
+    total = _ChunkedCrossEntropy.apply(hidden, labels, places, head, chunk, with_grads, *trained)
+    return total, torch.tensor(len(places), device=labels.device)  # type: ignore[return-value]
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -114,20 +114,23 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, labels: Tensor, head: Head, chunk: int, with_grads: bool, *trained: Tensor):
+    def forward(
+        ctx, hidden: Tensor, labels: Tensor, places: Tensor, head: Head, chunk: int, with_grads: bool, *trained: Tensor
+    ):
         exact = torch.promote_types(hidden.dtype, torch.float32)
         total = torch.zeros((), dtype=exact, device=hidden.device)
         if with_grads:
             grad_hidden = torch.zeros_like(hidden)
             # Added up over chunks in fp32 at least.
             grads = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in trained]
-        for start in range(0, len(labels), chunk):
-            part = hidden[start : start + chunk].detach().requires_grad_(with_grads)
+        for start in range(0, len(places), chunk):
+            some = places[start : start + chunk]
+            part = hidden[some].detach().requires_grad_(with_grads)
             with torch.set_grad_enabled(with_grads):
-                loss = F.cross_entropy(head(part).to(exact), labels[start : start + chunk], reduction="sum")
+                loss = F.cross_entropy(head(part).to(exact), labels[some], reduction="sum")
             total += loss.detach()
             if with_grads:
-                grad_hidden[start : start + chunk], *found = torch.autograd.grad(loss, [part, *trained])
+                grad_hidden[some], *found = torch.autograd.grad(loss, [part, *trained])
                 for grad, one in zip(grads, found, strict=True):
                     grad += one
         if with_grads:
@@ -139,4 +142,4 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         # In place: nothing of the size of the output matrix is made. A second backward is refused by torch itself.
         grad_hidden, *grads = (saved.mul_(grad) for saved in ctx.saved_tensors)
-        return grad_hidden, None, None, None, None, *grads
+        return grad_hidden, None, None, None, None, None, *grads
