@@ -114,14 +114,18 @@ def run_cell(cell: Cell, limits: Limits) -> Result:
         folder = Path(name)
         (folder / "cell.json").write_text(json.dumps(dataclasses.asdict(cell)))
         ranks = [_start_rank(cell, rank, folder, port) for port in [_free_port()] for rank in range(cell.ranks)]
+        codes: list[int] = []
         try:
             why_not, peaks = _watch(ranks, folder, limits)
+            codes = [process.poll() or 0 for process in ranks]
         finally:
             for process in ranks:
                 process.kill()
                 process.wait()
-        if why_not is None and any(process.returncode for process in ranks):
-            why_not = _last_line(folder, cell.ranks)
+        if why_not is None and any(codes):
+            # A negative code is a signal: 9 is what a machine without memory ends processes with.
+            signals = [f"rank {rank} was ended by signal {-code}" for rank, code in enumerate(codes) if code < 0]
+            why_not = "; ".join(signals) or _last_line(folder, cell.ranks)
         if why_not is not None:
             return Result(why_not, why_not.startswith("memory"), why_not.startswith("time"), peaks)
         found: list[dict[str, Any]] = [json.loads((folder / f"rank-{i}.json").read_text()) for i in range(cell.ranks)]

@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 
-from longvila.bench import train
+from longvila.bench import cell, train
 from longvila.bench.cell import GIB, Cell, Limits, Result, TextModel, run_cell
 from longvila.bench.longest import find_longest
 
@@ -40,6 +40,18 @@ def test_a_cell_that_fails_says_what_it_said_last():
     result = run_cell(Cell("longvila", TINY, 64, inner=3), ROOMY)
     assert result.why_not is not None
     assert "does not divide the world of 1 ranks" in result.why_not
+
+
+def test_a_rank_that_the_machine_ends_is_told_from_one_that_fails(monkeypatch):
+    start = cell._start_rank
+
+    def start_and_kill(*arguments):
+        process = start(*arguments)
+        process.kill()
+        return process
+
+    monkeypatch.setattr(cell, "_start_rank", start_and_kill)
+    assert run_cell(Cell("longvila", TINY, 64), ROOMY).why_not == "rank 0 was ended by signal 9"
 
 
 def search(bytes_per_token, fixed=0.0, seconds=0.0):
