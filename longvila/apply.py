@@ -1,14 +1,16 @@
 """Applies the folds to a model: the one place that knows both. The order matters and is the order of this file.
 
 1. attention: the language model's layers call `folded_attention`, plugged in by name through transformers' registries;
-2. recompute: activation checkpointing of the language model's layers;
-3. parameters: FSDP2 shards blocks, then the rest, over all ranks. Gradients are SUMMED over ranks: the loss is already
-   divided by the global count of target tokens, so no other factor may appear.
+2. tiles: the layers' token-wise modules take a tile of tokens at a time (`model/tile.py`);
+3. recompute: activation checkpointing of the language model's layers, around the tiles;
+4. parameters: FSDP2 shards blocks and embeddings, then the rest, over all ranks. Gradients are SUMMED over ranks: the
+   loss is already divided by the global count of target tokens, so no other factor may appear.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 
 from longvila.config import RecomputeName, ShardingConfig
 from longvila.errors import ConfigError
+from longvila.model.tile import tile_layers
 from longvila.parallel.attention import FoldedPlan
 from longvila.parallel.blocks import Mask
 from longvila.parallel.fold import Fold, check_sharding, parameter_mesh
@@ -85,6 +88,7 @@ def apply_folds(
     recompute: RecomputeName = "none",
     recompute_keeps: Collection[int] | None = None,
     sharding: ShardingConfig | None = ShardingConfig(),
+    tile_tokens: int | None = None,
 ) -> None:
     """Makes `model` (a LongVilaModel, or a causal language model of transformers) run under `fold`, in place.
 
@@ -93,6 +97,10 @@ def apply_folds(
         recompute: activation checkpointing of every language-model layer (`parallel/recompute.py`).
         recompute_keeps: layers whose attention it keeps; None means all.
         sharding: FSDP2 over all ranks, or as it says. None leaves parameters whole and gradients to the caller.
+        tile_tokens: tokens that the MLPs and norms of language-model layers take at a time; None means all.
+
+    Raises:
+        ConfigError: for what cannot be done exactly with this model, by name.
     """
     language_model = getattr(model, "language_model", model)
     language_model.set_attn_implementation(ATTENTION)
@@ -101,6 +109,8 @@ def apply_folds(
         for module in language_model.modules():
             if hasattr(module, "layer_idx"):
                 setattr(module, _NUMBER, module.layer_idx)
+    if tile_tokens is not None:
+        tile_layers(blocks(language_model), tile_tokens)
     if recompute != "none":
         # transformers 5.24 renamed it; earlier ones have the old name alone.
         new_name = getattr(language_model, "activation_checkpointing_enable", None)
@@ -122,13 +132,22 @@ def _shard_parameters(model: nn.Module, fold: Fold, precision: str, sharding: Sh
         reshard = check_sharding(sharding, mesh.size())
         if reshard == mesh.size():  # one node is the world
             reshard = True
-    for block in blocks(model):
+    for block in [*blocks(model), *_embeddings(model)]:
         fully_shard(block, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy)
     fully_shard(model, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy)
+    for embedding in _embeddings(model):
+        embedding.set_unshard_in_backward(False)  # its backward does not look at the weights
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def _embeddings(model: nn.Module) -> list[Any]:
+    """The language model's embeddings, where they are a matrix of their own: gathered for a look-up, not for a step."""
+    language_model: Any = getattr(model, "language_model", model)
+    embedding, head = language_model.get_input_embeddings(), language_model.get_output_embeddings()
+    return [] if head is not None and embedding.weight is head.weight else [embedding]
 
 
 def attention_of(config: PreTrainedConfig) -> ModelAttention:

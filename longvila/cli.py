@@ -285,6 +285,21 @@ def faults(
     _print_bars(figures)
 
 
+@functools.partial(verb, of=benches)
+def train_(
+    json_: Annotated[Path | None, typer.Option("--json", help="The file to write.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="About two minutes: short rows, no search.")] = False,
+    budget: Annotated[float, typer.Option(help="GiB a rank, for the longest context.")] = 4.0,
+) -> None:
+    """Training on long rows: gradients, memory, time and longest context beside Trainer and DeepSpeed ALST."""
+    from longvila.bench.train import run
+
+    figures = run(quick, budget, _print_table)
+    if json_ is not None:
+        _write_figures(figures, json_)
+    _print_bars(figures)
+
+
 @verb
 def doctor() -> None:
     """Say what this machine has and what a run would use."""

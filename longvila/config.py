@@ -220,6 +220,9 @@ class StageConfig:
     """Activation checkpointing of every language-model layer (`longvila/parallel/recompute.py`)."""
     recompute_keeps: tuple[int, ...] | None = None
     """Layers whose attention a policy that keeps attention keeps; None means all."""
+    tile_tokens: int | None = None
+    """Tokens that MLPs and norms of language-model layers take at a time, each tile computed again in the backward
+    (`longvila/model/tile.py`); None means all at once."""
     checkpoint_every: int = 200
     """Steps between resumable checkpoints; 0 saves only at the end."""
     checkpoints_kept: int = 2

@@ -1,23 +1,29 @@
 """Cross-entropy over a large vocabulary without the logits of a whole row.
 
-Only positions with a target are multiplied by the output matrix, in chunks whose logits are recomputed in the backward
-pass: 256 thousand tokens x 152 thousand words would be 156 GB in fp32; a chunk of 1024 takes 0.6.
+Only positions with a target are multiplied by the output matrix, a chunk at a time, and a chunk's gradients are taken
+before the next one's logits exist: 256 thousand tokens x 152 thousand words would be 156 GB in fp32. From forward to
+backward stay the gradients of the hidden states and of the output matrix, which the backward needs in any case; of the
+logits nothing stays, and nothing is computed twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from longvila.errors import ConfigError
 
 IGNORE = -100
+LOGIT_BYTES = 64 * 2**20
+"""Of one chunk's logits in fp32. Three such tensors exist at a time: logits, their softmax, their gradient. 64 MiB are
+110 targets of 152 thousand words: enough for matrix products at full speed, and little beside the gradient of an output
+matrix (152 thousand words x 1024 are 622 MB), which is added to once for each chunk."""
+FEWEST_TARGETS = 32
 
 
 class LogitHead:
@@ -32,6 +38,14 @@ class LogitHead:
         self.linear: Any = language_model.get_output_embeddings()
         self.scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
         self.softcap = getattr(config, "final_logit_softcapping", None)
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        return self.linear.parameters()
+
+    @property
+    def chunk(self) -> int:
+        """Targets whose logits exist at one time, so that they take `LOGIT_BYTES`."""
+        return max(FEWEST_TARGETS, LOGIT_BYTES // (4 * self.linear.weight.shape[0]))
 
     def __call__(self, hidden: Tensor) -> Tensor:
         logits = self.linear(hidden)
@@ -67,29 +81,65 @@ def check_logit_head(language_model: PreTrainedModel) -> None:
         )
 
 
-def chunked_cross_entropy(
-    hidden: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor], chunk: int
-) -> tuple[Tensor, Tensor]:
+class Head(Protocol):
+    """(n, D) -> (n, vocabulary): a LogitHead, or a module."""
+
+    def __call__(self, hidden: Tensor, /) -> Tensor: ...
+
+    def parameters(self) -> Iterable[nn.Parameter]: ...
+
+
+def chunked_cross_entropy(hidden: Tensor, labels: Tensor, head: Head, chunk: int) -> tuple[Tensor, Tensor]:
     """Sum of the cross-entropy over the targets, in fp32 (fp64 for fp64 hidden states).
 
     Args:
         hidden: (N, D) last hidden states.
         labels: (N,) the target that follows each position; -100 where there is none.
-        head: (n, D) -> (n, vocabulary).
         chunk: targets whose logits exist at one time.
 
     Returns:
         The sum and the number of targets. Without a target the sum is 0 and still reaches every parameter.
     """
-    targets = labels != IGNORE
-    hidden, labels = hidden[targets], labels[targets]
-    total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
-    for start in range(0, max(1, len(labels)), chunk):
-        part = slice(start, start + chunk)
-        total = total + checkpoint(_cross_entropy, hidden[part], labels[part], head, use_reentrant=False)
-    return total, targets.sum()
+    places = (labels != IGNORE).nonzero().flatten()
+    trained = [p for p in head.parameters() if p.requires_grad]
+    with_grads = torch.is_grad_enabled() and (hidden.requires_grad or bool(trained))
+    total = _ChunkedCrossEntropy.apply(hidden, labels, places, head, chunk, with_grads, *trained)
+    return total, torch.tensor(len(places), device=labels.device)  # type: ignore[return-value]
 
 
-def _cross_entropy(hidden: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
-    logits = head(hidden)
-    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, reduction="sum")
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Takes the gradients of each chunk in the forward: a loss has one number above it, which the backward multiplies.
+
+    Trained parameters are arguments so that autograd asks for their gradients.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, hidden: Tensor, labels: Tensor, places: Tensor, head: Head, chunk: int, with_grads: bool, *trained: Tensor
+    ):
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        total = torch.zeros((), dtype=exact, device=hidden.device)
+        if with_grads:
+            grad_hidden = torch.zeros_like(hidden)
+            # Added up over chunks in fp32 at least.
+            grads = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in trained]
+        for start in range(0, len(places), chunk):
+            some = places[start : start + chunk]
+            part = hidden[some].detach().requires_grad_(with_grads)
+            with torch.set_grad_enabled(with_grads):
+                loss = F.cross_entropy(head(part).to(exact), labels[some], reduction="sum")
+            total += loss.detach()
+            if with_grads:
+                grad_hidden[some], *found = torch.autograd.grad(loss, [part, *trained])
+                for grad, one in zip(grads, found, strict=True):
+                    grad += one
+        if with_grads:
+            ctx.save_for_backward(grad_hidden, *(grad.to(p.dtype) for grad, p in zip(grads, trained, strict=True)))
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor):
+        # In place: nothing of the size of the output matrix is made. A second backward is refused by torch itself.
+        grad_hidden, *grads = (saved.mul_(grad) for saved in ctx.saved_tensors)
+        return grad_hidden, None, None, None, None, None, *grads

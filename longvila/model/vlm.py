@@ -113,7 +113,7 @@ class LongVilaModel(PreTrainedModel):
         position_ids: Tensor,
         labels: Tensor | None = None,
         route: Route | None = None,
-        loss_chunk: int = 1024,
+        loss_chunk: int | None = None,
         **attention_kwargs: Any,
     ) -> LongVilaOutput:
         """Loss of one packed row, or its logits.
@@ -125,7 +125,7 @@ class LongVilaModel(PreTrainedModel):
             labels: (1, N), already shifted: the target after each token, -100 for none. None: logits are returned.
             route: frame tokens of this rank (F, T, D) -> those of the placeholders in `input_ids` (K, D), in order.
                 None: all placeholders are here, in the order of the frames.
-            loss_chunk: targets whose logits exist at one time.
+            loss_chunk: targets whose logits exist at one time; None: as many as `LogitHead.chunk` says.
             attention_kwargs: given to the language model unchanged.
 
         Raises:
@@ -138,7 +138,7 @@ class LongVilaModel(PreTrainedModel):
         head = LogitHead(self.language_model)
         if labels is None:
             return LongVilaOutput(logits=head(hidden))
-        loss_sum, num_targets = chunked_cross_entropy(hidden[0], labels[0], head, loss_chunk)
+        loss_sum, num_targets = chunked_cross_entropy(hidden[0], labels[0], head, loss_chunk or head.chunk)
         return LongVilaOutput(loss_sum=loss_sum, num_targets=num_targets)
 
     def embed(self, input_ids: Tensor, frame_tokens: Tensor, route: Route | None = None) -> Tensor:

@@ -95,7 +95,7 @@ class DeepSpeedEngine:
         settings = deepspeed_config(config, dist.get_world_size())
         self._deepspeed = _import()
         self._mesh = init_device_mesh(fold.mesh.device_type, (dist.get_world_size(),), mesh_dim_names=("zero",))
-        apply_folds(model, fold, config.precision, config.recompute, config.recompute_keeps, None)
+        apply_folds(model, fold, config.precision, config.recompute, config.recompute_keeps, None, config.tile_tokens)
         self.model = model
         self._stage = settings["zero_optimization"]["stage"]
         optimizer = make_optimizer(model, config.optimizer)

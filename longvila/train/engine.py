@@ -93,7 +93,9 @@ class FSDP2Engine:
     """torch's fully sharded data parallelism. Weights, gradients and moments are DTensors."""
 
     def __init__(self, model: LongVilaModel, fold: Fold, config: StageConfig) -> None:
-        apply_folds(model, fold, config.precision, config.recompute, config.recompute_keeps, config.sharding)
+        apply_folds(
+            model, fold, config.precision, config.recompute, config.recompute_keeps, config.sharding, config.tile_tokens
+        )
         self.model = model
         self.optimizer = make_optimizer(model, config.optimizer)
         self._clip = config.optimizer.clip or float("inf")

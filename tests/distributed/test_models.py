@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.fsdp import FSDPModule
 
 from longvila.apply import apply_folds, attention_of
 from longvila.bench.exact import dense_mask
@@ -287,3 +288,14 @@ def test_auto_picks_the_same_on_every_rank_and_says_why():
 def test_auto_counts_the_remainder_of_heads():
     choice = choose((4096,), 1, 1, 8, Shape(28, 4, 128))
     assert "28 heads on 8 ranks cost 1.14x" in choice.reason
+
+
+def embedding_is_a_unit(tied):
+    model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SHAPE, tie_word_embeddings=tied))
+    apply_folds(model, make_fold(ParallelConfig(), "cpu"))
+    return isinstance(model.get_input_embeddings(), FSDPModule)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_are_gathered_by_themselves_unless_the_output_matrix_is_the_same(tied):
+    assert run_ranks(embedding_is_a_unit, 1, tied) == [not tied]

@@ -10,6 +10,8 @@ from transformers import (
     Gemma2ForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
 from longvila.errors import ConfigError
@@ -51,17 +53,44 @@ def test_value_and_gradients_equal_the_full_logits(chunk):
         torch.testing.assert_close(ours, plain, rtol=0, atol=1e-12)
 
 
-def test_logits_never_exist_for_more_than_a_chunk():
-    sizes = []
+class Recorder(torch.nn.Linear):
+    """A head that remembers how many targets it was given at a time."""
 
-    def head(hidden):
-        sizes.append(len(hidden))
-        return hidden.repeat(1, 2)
+    def __init__(self):
+        super().__init__(4, 8)
+        self.sizes = []
 
+    def forward(self, hidden):
+        self.sizes.append(len(hidden))
+        return super().forward(hidden)
+
+
+def test_logits_never_exist_for_more_than_a_chunk_and_are_computed_once():
+    head = Recorder()
     labels = torch.tensor([1, -100, 2, 3, -100, 0, 1, 1])
     loss, _ = chunked_cross_entropy(torch.randn(8, 4, requires_grad=True), labels, head, 4)
     loss.backward()
-    assert sizes == [4, 2, 4, 2] or sizes == [4, 2, 2, 4]  # forward, then recomputed
+    assert head.sizes == [4, 2]
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "head"])
+def test_what_is_frozen_gets_no_gradient_and_the_rest_does(frozen):
+    head = torch.nn.Linear(4, 8).requires_grad_(frozen != "head")
+    hidden = torch.randn(8, 4, requires_grad=frozen != "hidden")
+    labels = torch.arange(8)
+    loss, _ = chunked_cross_entropy(hidden, labels, head, 3)
+    loss.backward()
+    trained = head.weight if frozen == "hidden" else hidden
+    (expected,) = torch.autograd.grad(F.cross_entropy(head(hidden), labels, reduction="sum"), trained)
+    torch.testing.assert_close(trained.grad, expected)
+    assert (head.weight if frozen == "head" else hidden).grad is None
+
+
+@pytest.mark.parametrize(("vocabulary", "targets"), [(151_936, 110), (4096, 4096), (1_000_000, 32)])
+def test_the_chunk_bounds_the_bytes_of_logits(vocabulary, targets):
+    with torch.device("meta"):
+        model = Qwen3ForCausalLM(Qwen3Config(**{**SMALL, "vocab_size": vocabulary}))
+    assert LogitHead(model).chunk == targets
 
 
 def test_without_a_target_the_loss_is_zero_and_every_gradient_is_there():
