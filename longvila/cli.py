@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -230,6 +230,30 @@ def caption(
         on_failure=lambda file, reason: errors.print(f"\n[bold red]skipped[/] {escape(reason)}"),
     )
     output.print(f"\n{len(report.captions)} captioned, {len(report.failed)} skipped")
+
+
+@verb
+def export(
+    source: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="RUN/STAGE, one of its checkpoints, or a model folder.")
+    ],
+    out: Annotated[Path, typer.Option(help="The folder to write; it must be new or empty.")],
+    dtype: Annotated[
+        Literal["fp32", "bf16"] | None, typer.Option(help="Type of the weights; as they are when not given.")
+    ] = None,
+    part: Annotated[
+        Literal["all", "language_model"],
+        typer.Option(help="The whole model, or a language model of plain transformers."),
+    ] = "all",
+) -> None:
+    """Export to Hugging Face format: a finished stage, or one in the middle of its run."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from longvila.train import export as exporting
+
+    disable_progress_bar()
+    exported = exporting.export(source, out, dtype, part)
+    output.print(f"{exported.model or exported.checkpoint} exported to {out}; {out / 'README.md'} says how to load it")
 
 
 @verb

@@ -11,9 +11,10 @@ import logging
 import math
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -312,20 +313,29 @@ def extend_context(model: LongVilaModel, phases: Sequence[Phase]) -> None:
         set_rope_theta(model.language_model, bases[-1])
 
 
+def assemble(
+    config: StageConfig, run: Path, weights: Mapping[str, Any], phases: Sequence[Phase]
+) -> tuple[LongVilaModel, PreTrainedTokenizerBase]:
+    """The model of a stage as others load it: with trained `weights`, adapters merged, and the RoPE base of `phases`,
+    those begun so far."""
+    model, tokenizer = load_start(config, run)
+    merge = prepare(model, config)
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    tied = set(model.all_tied_weights_keys)
+    if unexpected or set(missing) - tied:
+        raise LongvilaError(f"trained weights do not fit the model: missing {missing}, unexpected {unexpected}")
+    extend_context(model, phases)
+    merge()
+    return model, tokenizer
+
+
 def _finish(state: TrainingState, run: Path, moved: dict[str, bool], seconds: float) -> None:
     """Writes the final model, adapters merged, in Hugging Face format, and the stage's summary."""
     config, folder = state.config, run / state.config.name
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(state.model, options=options)
     if dist.get_rank() == 0:
-        model, tokenizer = load_start(config, run)
-        merge = prepare(model, config)
-        missing, unexpected = model.load_state_dict(weights, strict=False)
-        tied = set(model.all_tied_weights_keys)
-        if unexpected or set(missing) - tied:
-            raise LongvilaError(f"final weights do not fit the model: missing {missing}, unexpected {unexpected}")
-        extend_context(model, config.phases)
-        merge()
+        model, tokenizer = assemble(config, run, weights, config.phases)
         write_summary(folder, config, state.model, moved, seconds)
         save_model(model, tokenizer, folder / "model")
     barrier()

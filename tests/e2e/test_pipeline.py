@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from longvila.train.pretrain import train_tokenizer
 
@@ -111,6 +111,31 @@ def test_adapters_are_merged_and_the_context_base_is_kept(trained):
     assert not [name for name in names if "lora" in name]
     text = json.loads((trained / "tune" / "model" / "config.json").read_text())["text_config"]
     assert text["rope_parameters"]["rope_theta"] == 5e4
+
+
+def test_the_middle_of_a_run_and_its_end_are_exported_by_one_process(trained, tmp_path):
+    tune = trained / "tune"
+    run("export", tune / "checkpoints" / "step-000002", "--out", tmp_path / "middle")
+    run("export", tune, "--out", tmp_path / "end")
+    run("export", tune, "--out", tmp_path / "text", "--part", "language_model", "--dtype", "bf16")
+    start, middle, end = (load_file(folder / "model.safetensors") for folder in
+                          (trained / "align" / "model", tmp_path / "middle", tmp_path / "end"))  # fmt: skip
+    assert start.keys() == middle.keys() == end.keys()
+    moved = [name for name in start if not torch.equal(start[name], middle[name])]
+    assert moved
+    assert all(name.startswith("language_model.") for name in moved)
+    assert any(not torch.equal(middle[name], end[name]) for name in moved)
+    assert all(
+        torch.equal(end[name], weight) for name, weight in load_file(tune / "model" / "model.safetensors").items()
+    )
+    bases = [json.loads((tmp_path / name / "config.json").read_text())["text_config"]["rope_parameters"]["rope_theta"]
+             for name in ("middle", "end")]  # fmt: skip
+    assert bases == [5e4, 5e4]  # the stage before ended with it
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "text")
+    weight = model.get_input_embeddings().weight
+    assert torch.equal(weight, end["language_model.model.embed_tokens.weight"].bfloat16())
+    assert "2 of 6" in (tmp_path / "middle" / "README.md").read_text()
+    assert "versions" in (tmp_path / "end" / "README.md").read_text()
 
 
 def test_a_run_broken_off_and_resumed_gives_the_same_weights_bit_for_bit(trained):
