@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from longvila import content
-from longvila.errors import LongvilaError
+from longvila.errors import ConfigError, LongvilaError
 
 app = typer.Typer(
     name="longvila",
@@ -170,6 +170,9 @@ def train(
         typer.Option("--set", metavar="FIELD=VALUE", help="Change one field, e.g. phases.0.steps=10; may be repeated."),
     ] = None,
     show: Annotated[bool, typer.Option("--show", help="Print the configuration as JSON and stop.")] = False,
+    profile: Annotated[
+        str | None, typer.Option(metavar="FIRST:LAST", help="Steps to record with torch's profiler, from 1.")
+    ] = None,
 ) -> None:
     """Train one stage, or go on with it. Run it under torchrun for more than one rank."""
     from longvila import config as configuration
@@ -180,12 +183,16 @@ def train(
     if show:
         typer.echo(configuration.to_json(config))
         return
+    first, _, last = (profile or "").partition(":")
+    if profile is not None and not (first.isdecimal() and last.isdecimal()):
+        raise ConfigError(f"--profile {profile}: write FIRST:LAST, two numbers of steps, e.g. 10:12")
+    steps = None if profile is None else (int(first), int(last))
     from transformers.utils.logging import disable_progress_bar
 
     from longvila.train.loop import train as train_stage
 
     disable_progress_bar()  # that of every rank's weights being read; the stage has a bar of its own
-    train_stage(config, run, data or run / "data")
+    train_stage(config, run, data or run / "data", steps)
 
 
 @verb

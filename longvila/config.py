@@ -184,6 +184,8 @@ class StageConfig:
     checkpoint_every: int = 200
     """Steps between resumable checkpoints; 0 saves only at the end."""
     checkpoints_kept: int = 2
+    peak_flops: float | None = None
+    """FLOP/s of one device at its best, for MFU; None looks its name up (`longvila/train/flops.py`)."""
     seed: int = 0
 
     @property

@@ -13,6 +13,7 @@ import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +32,19 @@ from longvila.model.build import build_model, load_model, save_model
 from longvila.model.chat import encode_messages, encode_text
 from longvila.model.rope import set_rope_theta
 from longvila.model.vlm import LongVilaModel
-from longvila.parallel.agree import any_rank, barrier, sum_over_world
+from longvila.parallel.agree import any_rank, barrier, max_over_world, sum_over_world
 from longvila.parallel.batch import shard_row
 from longvila.parallel.fold import Fold, make_fold, start_world
 from longvila.shards.bad import BadSamples
 from longvila.shards.loader import RowLoader
 from longvila.shards.rows import Row
+from longvila.train.anomaly import LossWatch
 from longvila.train.checkpoint import Position, load_checkpoint, save_checkpoint
 from longvila.train.feed import RowFeed, Step
+from longvila.train.flops import ModelFlops, count_flops, peak_flops
 from longvila.train.interrupt import StopSignal
 from longvila.train.memory import memory_table
-from longvila.train.metrics import Metrics, read_jsonl
+from longvila.train.metrics import Metrics, peak_memory, read_jsonl
 from longvila.train.optimizer import (
     add_lora,
     choose_trained,
@@ -50,17 +53,19 @@ from longvila.train.optimizer import (
     phase_at,
     set_learning_rate,
 )
+from longvila.train.profiler import StepProfiler
 from longvila.train.summary import write_summary
 
 log = logging.getLogger(__name__)
 
 
-def train(config: StageConfig, run: Path, data: Path) -> Path:
+def train(config: StageConfig, run: Path, data: Path, profile: tuple[int, int] | None = None) -> Path:
     """Runs one stage, or what is left of it, and returns the folder of its final model.
 
     Args:
         run: the run's folder; the stage lives in `run/config.name`.
         data: the data root that relative shard paths start from.
+        profile: first and last step to record with torch's profiler, on rank 0.
 
     Raises:
         ConfigError: a missing or foreign input checkpoint, a folder that holds another run, a fold that does not fit.
@@ -76,7 +81,7 @@ def train(config: StageConfig, run: Path, data: Path) -> Path:
     state = _start(config, run, fold, device)
     before = part_checksums(state.model)
     started = time.time()
-    _run_steps(state, folder, data)
+    _run_steps(state, folder, data, profile)
     moved = {part: any_rank(before[part] != after) for part, after in part_checksums(state.model).items()}
     if wrong := [part for part in PARTS if moved[part] != (part in config.trains)]:
         raise LongvilaError(f"{config.name} trains {config.trains}, but what moved is {moved}: {wrong} went wrong")
@@ -95,6 +100,11 @@ class TrainingState:
     tokenizer: PreTrainedTokenizerBase
     optimizer: torch.optim.Optimizer
     skipped_in_a_row: int = 0
+
+    @cached_property
+    def flops(self) -> ModelFlops:
+        """What a row costs, to tell how well the devices are used."""
+        return count_flops(self.model)
 
 
 def claim_folder(folder: Path, config: StageConfig) -> bool:
@@ -156,16 +166,23 @@ def _start(config: StageConfig, run: Path, fold: Fold, device: torch.device) -> 
     return TrainingState(config, fold, device, model, tokenizer, optimizer)
 
 
-def _run_steps(state: TrainingState, folder: Path, data: Path) -> None:
+def _run_steps(state: TrainingState, folder: Path, data: Path, profile: tuple[int, int] | None) -> None:
     config = state.config
     position = load_checkpoint(folder / "checkpoints", state.model, state.optimizer) or Position()
     if position.step:
         log.info("%s continues at step %d", config.name, position.step)
     feed: RowFeed | None = None
+    watch = LossWatch()
     bad = folder / f"bad-{state.fold.data_rank}.jsonl"
-    stop = StopSignal()
-    with stop, Metrics(folder, config.name, config.steps, position.step, active=dist.get_rank() == 0) as metrics:
+    stop, first_rank = StopSignal(), dist.get_rank() == 0
+    peak = (config.peak_flops or peak_flops(state.device, config.precision) or 0.0) * dist.get_world_size()
+    with (
+        stop,
+        StepProfiler(folder / "profile", profile, position.step, config.steps, first_rank) as profiler,
+        Metrics(folder, config.name, config.steps, position.step, peak or None, first_rank) as metrics,
+    ):
         for step in range(position.step, config.steps):
+            profiler.before(step + 1)
             index, step_of_phase = phase_at(config, step)
             phase = config.phases[index]
             if feed is None or step_of_phase == 0:
@@ -173,6 +190,7 @@ def _run_steps(state: TrainingState, folder: Path, data: Path) -> None:
                 loader = _make_loader(state, phase, data)
                 feed = RowFeed(loader, state.fold, phase.rows_per_step, start.epoch, start.rows)
                 extend_context(state.model, config.phases[: index + 1])
+                watch = LossWatch()
             started = time.time()
             try:
                 batch = feed.next_step()
@@ -181,7 +199,14 @@ def _run_steps(state: TrainingState, folder: Path, data: Path) -> None:
                     list_bad(bad, feed.bad)
             rate = learning_rate(phase, step_of_phase)
             figures = take_step(state, batch, rate)
-            metrics.record(step + 1, {"phase": phase.name, **figures, "seconds": time.time() - started})
+            seconds = time.time() - started
+            profiler.after(step + 1)
+            memory = max_over_world(peak_memory(state.device))
+            metrics.record(step + 1, {"phase": phase.name, **figures, "seconds": seconds, "memory": memory})
+            # Every rank sees the same loss; one of each sequence group names its samples.
+            leap = None if figures["skipped"] else watch.see(figures["loss"])
+            if leap and state.fold.sequence_rank == 0:
+                log.warning("step %d: %s, on samples %s", step + 1, leap, [row.keys for row in batch.rows])
             done = step + 1
             stopped = any_rank(stop.requested)
             due = config.checkpoint_every and done % config.checkpoint_every == 0
@@ -215,6 +240,7 @@ def take_step(state: TrainingState, batch: Step, rate: float) -> dict[str, float
     counted = {
         "tokens": sum(sum(row.lengths) for row in batch.rows),
         "frames": sum(sum(row.num_frames) for row in batch.rows),
+        "flops": sum(state.flops.of_row(row) for row in batch.rows),
         "dropped": batch.num_dropped,
         "bad": batch.num_bad,
         "shortened": batch.num_shortened,

@@ -104,6 +104,9 @@ def test_a_stage_says_what_it_trained_and_how_it_went(trained):
     lines = [json.loads(line) for line in (trained / "align" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert {line["phase"] for line in lines} == {"a", "b"}
+    assert all(line["flops_per_second"] == line["flops"] / line["seconds"] for line in lines)
+    assert all(line["memory"] > 2**20 for line in lines)
+    assert not any("mfu" in line for line in lines)  # nobody knows the peak of a CPU
 
 
 def test_adapters_are_merged_and_the_context_base_is_kept(trained):
@@ -192,6 +195,19 @@ def test_a_finished_stage_is_not_trained_again(trained):
     assert (trained / "align" / "metrics.jsonl").stat().st_mtime_ns == before
 
 
+def test_chosen_steps_are_profiled_and_a_peak_that_is_given_makes_an_mfu(trained):
+    options = ["--set", "parallel.inner=1", "--set", "peak_flops=1e9", "--profile", "2:3"]
+    result = run("train", write_stage(trained, "seen"), "--run", trained, *options)
+    assert [path.name for path in (trained / "seen" / "profile").iterdir()] == ["steps-2-3.json.gz"]
+    assert "Self CPU" in result.stderr
+    lines = [json.loads(line) for line in (trained / "seen" / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["mfu"] == line["flops_per_second"] / 1e9 for line in lines)
+    # The same rows, which two ranks shared, their parameters sharded.
+    shared = [json.loads(line) for line in (trained / "align" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["flops"] for line in lines] == [line["flops"] for line in shared]
+    assert re.search(r"step 6/6  b  loss \d.*tokens/s  .*% MFU  .* GiB  ETA 0:00:00", result.stderr)
+
+
 @pytest.mark.parametrize(
     ("name", "starts_from", "extra", "words"),
     [
@@ -200,6 +216,8 @@ def test_a_finished_stage_is_not_trained_again(trained):
         ("wide", None, ("--set", "parallel.inner=3"), "sequence group of 3 ranks"),
         ("empty", None, ("--data", "/nonexistent", "--set", "parallel.inner=1"), "/nonexistent"),
         ("typo", None, ("--set", "optimizer.clap=1"), "no such field"),
+        ("words", None, ("--profile", "two"), "--profile two: write FIRST:LAST"),
+        ("late", None, ("--profile", "5:7", "--set", "parallel.inner=1"), "within the steps that are left, 1:6"),
     ],
 )
 def test_a_run_that_cannot_start_says_why_in_one_line(trained, name, starts_from, extra, words):
