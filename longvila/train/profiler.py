@@ -61,6 +61,6 @@ class StepProfiler:
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"steps-{self._steps[0]}-{self._steps[1]}.json.gz"
         recorder.export_chrome_trace(str(path))
-        order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+        order = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         table = recorder.key_averages().table(sort_by=order, row_limit=10, max_name_column_width=48)
         log.info("steps %d to %d are profiled: %s\n%s", *self._steps, path, table)
