@@ -260,7 +260,7 @@ def export(
 
     disable_progress_bar()
     exported = exporting.export(source, out, dtype, part)
-    output.print(f"{exported.model or exported.checkpoint} exported to {out}; {out / 'README.md'} says how to load it")
+    output.print(f"{exported.folder} exported to {out}; {out / 'README.md'} says how to load it")
 
 
 @verb

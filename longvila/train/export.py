@@ -34,16 +34,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Source:
-    """What is exported: a model folder, or a checkpoint of a stage; and the stage's folder, where there is one."""
+    """What is exported."""
 
-    model: Path | None
-    checkpoint: Path | None
+    folder: Path
+    """A model folder, or a resumable checkpoint."""
     stage: Path | None
-
-    @property
-    def step(self) -> int | None:
-        """The step of the checkpoint; None for a model folder."""
-        return None if self.checkpoint is None else position_of(self.checkpoint).step
+    """The folder of its stage, where it has one."""
+    step: int | None = None
+    """The step of the checkpoint; None for a model folder."""
 
 
 def export(
@@ -92,32 +90,31 @@ def find_source(folder: Path) -> Source:
         ConfigError: nothing is.
     """
     if (folder / "position.json").is_file():
-        return Source(None, folder, folder.parent.parent)
+        step = Position(**json.loads((folder / "position.json").read_text())).step
+        return Source(folder, folder.parent.parent, step)
     if not (folder / "config.json").is_file():
         raise ConfigError(
             f"{folder}: nothing to export (config.json is missing); give runs/NAME/STAGE or a model folder"
         )
     if "phases" not in json.loads((folder / "config.json").read_text()):
         stage = folder.parent if (folder.parent / "summary.json").is_file() else None
-        return Source(folder, None, stage)
+        return Source(folder, stage)
     if (folder / "model" / "config.json").is_file():
-        return Source(folder / "model", None, folder)
+        return Source(folder / "model", folder)
     if found := checkpoints(folder / "checkpoints"):
-        return Source(None, found[-1], folder)
+        return find_source(found[-1])
     raise ConfigError(f"{folder}: this stage has neither a final model nor a checkpoint yet; let it train on")
 
 
 def _load(source: Source) -> tuple[LongVilaModel, PreTrainedTokenizerBase]:
-    if source.model is not None:
-        model, tokenizer = load_model(source.model)
-        saved = json.loads((source.model / "config.json").read_text())["dtype"]
+    if source.stage is None or source.step is None:
+        model, tokenizer = load_model(source.folder)
+        saved = json.loads((source.folder / "config.json").read_text())["dtype"]
         nn.Module.to(model, getattr(torch, saved))  # `load_model` gives fp32, which holds bf16 exactly
         return model, tokenizer
-    assert source.checkpoint is not None
-    assert source.stage is not None
     config = stage_config(source.stage)
-    index, _ = phase_at(config, position_of(source.checkpoint).step - 1)
-    return assemble(config, source.stage.parent, read_weights(source.checkpoint), config.phases[: index + 1])
+    index, _ = phase_at(config, source.step - 1)
+    return assemble(config, source.stage.parent, read_weights(source.folder), config.phases[: index + 1])
 
 
 def read_weights(checkpoint: Path) -> dict[str, Tensor]:
@@ -131,11 +128,6 @@ def read_weights(checkpoint: Path) -> dict[str, Tensor]:
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # it says that one process reads, as meant
         dcp.load({"model": weights}, storage_reader=reader, no_dist=True)
     return weights
-
-
-def position_of(checkpoint: Path) -> Position:
-    """Where the run stood when it wrote `checkpoint`."""
-    return Position(**json.loads((checkpoint / "position.json").read_text()))
 
 
 def stage_config(stage: Path) -> StageConfig:
