@@ -14,14 +14,14 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
 from longvila import content
-from longvila.errors import LongvilaError
+from longvila.errors import ConfigError, LongvilaError
 
 app = typer.Typer(
     name="longvila",
@@ -173,6 +173,9 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Do everything but the steps: models, folds, first rows; write nothing.")
     ] = False,
+    profile: Annotated[
+        str | None, typer.Option(metavar="FIRST:LAST", help="Steps to record with torch's profiler, from 1.")
+    ] = None,
 ) -> None:
     """Train one stage, or go on with it. Run it under torchrun for more than one rank."""
     from longvila import config as configuration
@@ -183,12 +186,16 @@ def train(
     if show:
         typer.echo(configuration.to_json(config))
         return
+    first, _, last = (profile or "").partition(":")
+    if profile is not None and not (first.isdecimal() and last.isdecimal()):
+        raise ConfigError(f"--profile {profile}: write FIRST:LAST, two numbers of steps, e.g. 10:12")
+    steps = None if profile is None else (int(first), int(last))
     from transformers.utils.logging import disable_progress_bar
 
     from longvila.train.loop import train as train_stage
 
     disable_progress_bar()  # that of every rank's weights being read; the stage has a bar of its own
-    train_stage(config, run, data or run / "data", dry_run)
+    train_stage(config, run, data or run / "data", steps, dry_run)
 
 
 @verb
@@ -233,6 +240,30 @@ def caption(
         on_failure=lambda file, reason: errors.print(f"\n[bold red]skipped[/] {escape(reason)}"),
     )
     output.print(f"\n{len(report.captions)} captioned, {len(report.failed)} skipped")
+
+
+@verb
+def export(
+    source: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="RUN/STAGE, one of its checkpoints, or a model folder.")
+    ],
+    out: Annotated[Path, typer.Option(help="The folder to write; it must be new or empty.")],
+    dtype: Annotated[
+        Literal["fp32", "bf16"] | None, typer.Option(help="Type of the weights; as they are when not given.")
+    ] = None,
+    part: Annotated[
+        Literal["all", "language_model"],
+        typer.Option(help="The whole model, or a language model of plain transformers."),
+    ] = "all",
+) -> None:
+    """Export to Hugging Face format: a finished stage, or one in the middle of its run."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from longvila.train import export as exporting
+
+    disable_progress_bar()
+    exported = exporting.export(source, out, dtype, part)
+    output.print(f"{exported.folder} exported to {out}; {out / 'README.md'} says how to load it")
 
 
 @verb

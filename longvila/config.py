@@ -231,6 +231,8 @@ class StageConfig:
     rank_timeout: float = 1800.0
     """Seconds that a rank waits for the others before the run ends with an error; more than the slowest save, or the
     decoding of the longest row, takes."""
+    peak_flops: float | None = None
+    """FLOP/s of one device at its best, for MFU; None looks its name up (`longvila/train/flops.py`)."""
     seed: int = 0
 
     @property

@@ -30,8 +30,9 @@ from longvila.shards.rows import Row
 from longvila.train.engine import make_engine
 from longvila.train.feed import Step
 from longvila.train.gradients import MIXED, TEXT, VIDEO, make_model, make_row, reference
-from longvila.train.loop import TrainingState, prepare, take_step
+from longvila.train.loop import prepare
 from longvila.train.optimizer import make_optimizer, set_learning_rate
+from longvila.train.step import TrainingState, take_step
 
 DOCUMENTS = (MIXED, TEXT, VIDEO, MIXED[::-1])
 RATE = 1e-3

@@ -1,4 +1,4 @@
-"""This project's side of the training bench: `train.loop.take_step` on a row, as every stage runs it."""
+"""This project's side of the training bench: `train.step.take_step` on a row, as every stage runs it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from longvila.parallel.fold import make_fold, start_world
 from longvila.shards.rows import Row
 from longvila.train.engine import make_engine
 from longvila.train.feed import Step
-from longvila.train.loop import TrainingState, take_step
 from longvila.train.optimizer import choose_trained
+from longvila.train.step import TrainingState, take_step
 
 RATE = 1e-4
 TOWER = {"image_size": 112, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16, "mlp_ratio": 2.0}

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from longvila.config import ModelConfig
 from longvila.errors import ConfigError
-from longvila.model.chat import prepare_tokenizer
+from longvila.model.chat import FRAME_TOKEN, prepare_tokenizer
 from longvila.model.loss import check_logit_head
 from longvila.model.tower import VisionTower, load_tower_weights, read_tower_config
 from longvila.model.vlm import LongVilaConfig, LongVilaModel
@@ -58,13 +59,27 @@ def build_model(
 
 
 def save_model(model: LongVilaModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Writes weights, configuration and tokenizer to `folder`, complete or not at all."""
+    """Writes weights, configuration, generation settings and tokenizer to `folder`, complete or not at all."""
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     model.save_pretrained(part)
+    model.language_model.generation_config.save_pretrained(part)
     tokenizer.save_pretrained(part)
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
+
+
+def save_language_model(model: LongVilaModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes the language model alone to `folder`, as transformers loads it without longvila.
+
+    The tokenizer is written without the frame token: its id may lie behind the last row of the embedding matrix.
+    """
+    model.language_model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer.json"
+    data = json.loads(path.read_text(encoding="utf-8"))
+    data["added_tokens"] = [token for token in data["added_tokens"] if token["content"] != FRAME_TOKEN]
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def load_model(folder: Path) -> tuple[LongVilaModel, PreTrainedTokenizerBase]:
@@ -83,6 +98,8 @@ def load_model(folder: Path) -> tuple[LongVilaModel, PreTrainedTokenizerBase]:
     if wrong := [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]:
         raise ConfigError(f"{folder}: {len(wrong)} weights are missing, unknown or of another shape, e.g. {wrong[0]}")
     check_logit_head(model.language_model)
+    if (folder / "generation_config.json").is_file():
+        model.language_model.generation_config = GenerationConfig.from_pretrained(folder)
     return model, AutoTokenizer.from_pretrained(folder)
 
 

@@ -64,6 +64,12 @@ class VisionTower(nn.Module):
         visual: Any = self.visual
         return visual.trunk.patch_embed.proj if hasattr(visual, "trunk") else visual.conv1
 
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens (class, registers) that go through the blocks beside the patches."""
+        visual: Any = self.visual
+        return visual.trunk.num_prefix_tokens if hasattr(visual, "trunk") else 1
+
     def forward(self, frames: Tensor) -> Tensor:
         """Patch features of frames.
 

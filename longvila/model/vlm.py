@@ -94,6 +94,7 @@ class LongVilaModel(PreTrainedModel):
         super().__init__(config)
         self.vision = vision or VisionTower(config.tower or {})
         self.language_model: Any = language_model or AutoModelForCausalLM.from_config(config.text_config)
+        config.text_config = self.language_model.config  # one object: what changes in it is saved with the model
         text_width = self.language_model.get_input_embeddings().weight.shape[1]
         self.projector = Projector(config.projector, self.vision.width, text_width, self.vision.grid)
         self.post_init()

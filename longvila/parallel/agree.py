@@ -127,6 +127,11 @@ def sum_over_world(*values: float) -> list[float]:
     return gather(torch.tensor(values, dtype=torch.float64)).sum(0).tolist()
 
 
+def max_over_world(value: float) -> float:
+    """The largest of all ranks' numbers."""
+    return gather(torch.tensor([value], dtype=torch.float64)).max().item()
+
+
 def any_rank(flag: bool) -> bool:
     """True on every rank if it is True on any."""
     return bool(gather(torch.tensor([int(flag)])).any())

@@ -242,25 +242,8 @@ class Checkpoints:
 
     def _fault(self, path: Path) -> str | None:
         """What is wrong with a checkpoint, the same on every rank; the ranks share its files."""
-
-        def check() -> str | None:
-            try:
-                files = json.loads((path / "manifest.json").read_text())["files"]
-                for name in sorted(files)[self._rank :: self._world]:
-                    size = (path / name).stat().st_size
-                    if size != files[name]["bytes"]:
-                        return f"{name} has {size} bytes, not {files[name]['bytes']}"
-                    if _describe(path / name) != files[name]:
-                        return f"{name} is corrupted (its SHA-256 is not that of the manifest)"
-            except FileNotFoundError as error:
-                return f"{Path(error.filename).name} is missing"
-            except OSError as error:
-                return str(error)
-            except (ValueError, KeyError, TypeError, AttributeError):
-                return "manifest.json is corrupted"
-            return None
-
-        return next((fault for fault in self._on_all(check) if fault), None)
+        faults = self._on_all(lambda: find_fault(path, self._rank, self._world))
+        return next((fault for fault in faults if fault), None)
 
     def _refuse_other_architecture(self, path: Path, state: dict[str, Any]) -> None:
         """DCP would ignore tensors that only the checkpoint has, and convert types without a word."""
@@ -301,6 +284,35 @@ class Checkpoints:
         """What `function` returns on the first rank, the only one to call it, on every rank."""
         first: Any = self._on_all(lambda: function() if self._rank == 0 else None)[0]
         return first
+
+
+def find_fault(checkpoint: Path, rank: int = 0, ranks: int = 1) -> str | None:
+    """What is wrong with a checkpoint, as far as this rank's share of its files tells; None where nothing is."""
+    try:
+        files = json.loads((checkpoint / "manifest.json").read_text())["files"]
+        for name in sorted(files)[rank::ranks]:
+            size = (checkpoint / name).stat().st_size
+            if size != files[name]["bytes"]:
+                return f"{name} has {size} bytes, not {files[name]['bytes']}"
+            if _describe(checkpoint / name) != files[name]:
+                return f"{name} is corrupted (its SHA-256 is not that of the manifest)"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except OSError as error:
+        return str(error)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "manifest.json is corrupted"
+    return None
+
+
+def read_position(checkpoint: Path) -> Position:
+    """Where its run stood."""
+    return Position(**json.loads((checkpoint / "checkpoint.json").read_text())["position"])
+
+
+def newest(folder: Path) -> Path | None:
+    """The last checkpoint in `folder`, whatever its state."""
+    return next(reversed(_steps(folder)), None)
 
 
 def _steps(folder: Path, suffix: str = "") -> list[Path]:

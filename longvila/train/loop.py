@@ -8,50 +8,53 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import time
 import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from longvila import config as configuration
-from longvila.apply import attention_of
 from longvila.config import PARTS, DataConfig, Phase, StageConfig, ValidationConfig
 from longvila.errors import ConfigError, LongvilaError
 from longvila.model.build import build_model, load_model, save_model
 from longvila.model.chat import encode_messages, encode_text
 from longvila.model.rope import extend_context
 from longvila.model.vlm import LongVilaModel
-from longvila.parallel.agree import any_rank, barrier, sum_over_world
-from longvila.parallel.batch import shard_row
+from longvila.parallel.agree import any_rank, barrier, max_over_world, sum_over_world
 from longvila.parallel.fold import Fold, make_fold, start_world
 from longvila.parallel.lost import lost_ranks
 from longvila.shards.bad import BadSamples
 from longvila.shards.loader import RowLoader
-from longvila.shards.rows import Row
+from longvila.train.anomaly import LossWatch
 from longvila.train.checkpoint import Checkpoints, Position
 from longvila.train.engine import Engine, make_engine
-from longvila.train.feed import RowFeed, Step
+from longvila.train.feed import RowFeed
+from longvila.train.flops import peak_flops
 from longvila.train.interrupt import StopSignal
 from longvila.train.memory import memory_table
-from longvila.train.metrics import Metrics, read_jsonl
+from longvila.train.metrics import Metrics, peak_memory, read_jsonl
 from longvila.train.optimizer import add_lora, choose_trained, freeze, learning_rate, phase_at
+from longvila.train.profiler import StepProfiler
+from longvila.train.step import TrainingState, forward_row, take_step
 from longvila.train.summary import write_summary
 
 log = logging.getLogger(__name__)
 
 
-def train(config: StageConfig, run: Path, data: Path, dry_run: bool = False) -> Path:
+def train(
+    config: StageConfig, run: Path, data: Path, profile: tuple[int, int] | None = None, dry_run: bool = False
+) -> Path:
     """Runs one stage, or what is left of it, and returns the folder of its final model.
 
     Args:
         run: the run's folder; the stage lives in `run/config.name`.
         data: the data root that relative shard paths start from.
+        profile: first and last step to record with torch's profiler, on rank 0.
         dry_run: does everything but the steps, and writes nothing.
 
     Raises:
@@ -60,10 +63,10 @@ def train(config: StageConfig, run: Path, data: Path, dry_run: bool = False) -> 
         LongvilaError: on the other ranks, when one has died or hangs.
     """
     with lost_ranks(config.rank_timeout):
-        return _train(config, run, data, dry_run)
+        return _train(config, run, data, profile, dry_run)
 
 
-def _train(config: StageConfig, run: Path, data: Path, dry_run: bool) -> Path:
+def _train(config: StageConfig, run: Path, data: Path, profile: tuple[int, int] | None, dry_run: bool) -> Path:
     device = start_world(config.rank_timeout)
     folder = run / config.name
     if claim_folder(folder, config, write=not dry_run):
@@ -77,28 +80,12 @@ def _train(config: StageConfig, run: Path, data: Path, dry_run: bool) -> Path:
         return folder / "model"
     before = part_checksums(state.engine)
     started = time.time()
-    _run_steps(state, folder, data)
+    _run_steps(state, folder, data, profile)
     moved = {part: any_rank(before[part] != after) for part, after in part_checksums(state.engine).items()}
     if wrong := [part for part in PARTS if moved[part] != (part in config.trains)]:
         raise LongvilaError(f"{config.name} trains {config.trains}, but what moved is {moved}: {wrong} went wrong")
     _finish(state, run, moved, time.time() - started)
     return folder / "model"
-
-
-@dataclass
-class TrainingState:
-    """Everything that a stage's loop holds."""
-
-    config: StageConfig
-    fold: Fold
-    device: torch.device
-    engine: Engine
-    tokenizer: PreTrainedTokenizerBase
-    skipped_in_a_row: int = 0
-
-    @property
-    def model(self) -> LongVilaModel:
-        return self.engine.model
 
 
 def claim_folder(folder: Path, config: StageConfig, write: bool = True) -> bool:
@@ -163,18 +150,25 @@ def _start(config: StageConfig, run: Path, fold: Fold, device: torch.device) -> 
     return TrainingState(config, fold, device, make_engine(model, fold, config), tokenizer)
 
 
-def _run_steps(state: TrainingState, folder: Path, data: Path) -> None:
+def _run_steps(state: TrainingState, folder: Path, data: Path, profile: tuple[int, int] | None) -> None:
     config = state.config
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoints_kept, config.checkpoint_async)
     position = resume(state.engine, checkpoints)
     if position.step:
         log.info("%s continues at step %d", config.name, position.step)
     feed: RowFeed | None = None
+    watch = LossWatch()
     bad = folder / f"bad-{state.fold.data_rank}.jsonl"
-    stop = StopSignal()
-    metrics = Metrics(folder, config.name, config.steps, position.step, active=dist.get_rank() == 0)
-    with stop, checkpoints, metrics:
+    stop, first_rank = StopSignal(), dist.get_rank() == 0
+    peak = (config.peak_flops or peak_flops(state.device, config.precision) or 0.0) * dist.get_world_size()
+    with (
+        stop,
+        checkpoints,
+        StepProfiler(folder / "profile", profile, position.step, config.steps, first_rank) as profiler,
+        Metrics(folder, config.name, config.steps, position.step, peak or None, first_rank) as metrics,
+    ):
         for step in range(position.step, config.steps):
+            profiler.before(step + 1)
             index, step_of_phase = phase_at(config, step)
             phase = config.phases[index]
             if feed is None or step_of_phase == 0:
@@ -182,6 +176,7 @@ def _run_steps(state: TrainingState, folder: Path, data: Path) -> None:
                 loader = make_loader(state, phase.data, data)
                 feed = RowFeed(loader, state.fold, phase.rows_per_step, start.epoch, start.rows)
                 enter_phase(state.model, config.phases[: index + 1])
+                watch = LossWatch()
             started = time.time()
             try:
                 batch = feed.next_step()
@@ -190,8 +185,13 @@ def _run_steps(state: TrainingState, folder: Path, data: Path) -> None:
                     list_bad(bad, feed.bad)
             rate = learning_rate(phase, step_of_phase)
             figures = take_step(state, batch, rate)
+            figures |= {"seconds": time.time() - started, "memory": max_over_world(peak_memory(state.device))}
+            profiler.after(step + 1)
+            # Every rank sees the same loss; one of each sequence group names its samples.
+            leap = None if figures["skipped"] else watch.see(figures["loss"])
+            if leap and state.fold.sequence_rank == 0:
+                log.warning("step %d: %s, on samples %s", step + 1, leap, [row.keys for row in batch.rows])
             done = step + 1
-            figures["seconds"] = time.time() - started
             if config.validation and (done % config.validation.every == 0 or done == config.steps):
                 figures["validation_loss"] = validate(state, config.validation, data)
             metrics.record(done, {"phase": phase.name, **figures})
@@ -238,49 +238,6 @@ def _rehearse(state: TrainingState, folder: Path, root: Path) -> None:
     log.info("everything but the steps was done; nothing was written")
 
 
-def take_step(state: TrainingState, batch: Step, rate: float) -> dict[str, float]:
-    """One optimizer step; returns its figures, equal on all ranks.
-
-    Raises:
-        LongvilaError: on every rank, when a step has no target, or too many in a row had to be skipped.
-    """
-    if batch.num_targets == 0:
-        raise LongvilaError(f"no target token in the whole step (samples {[row.keys for row in batch.rows]})")
-    loss = 0.0
-    for index, row in enumerate(batch.rows):
-        output = forward_row(state, row)
-        # The only division: from here on every gradient is a plain sum over ranks.
-        state.engine.backward(output / batch.num_targets, last=index + 1 == len(batch.rows))
-        loss += output.item()
-    counted = {
-        "tokens": sum(sum(row.lengths) for row in batch.rows),
-        "frames": sum(sum(row.num_frames) for row in batch.rows),
-        "dropped": batch.num_dropped,
-        "bad": batch.num_bad,
-        "shortened": batch.num_shortened,
-    }
-    loss, *sums = sum_over_world(loss, *counted.values())
-    loss /= batch.num_targets
-    grad_norm = state.engine.gradient_norm()
-    bound = state.config.optimizer.skip_norm or float("inf")
-    skipped = not (math.isfinite(loss) and math.isfinite(grad_norm) and grad_norm <= bound)
-    if skipped:
-        state.engine.discard()
-        _count_skipped(state, f"loss {loss:g}, gradient norm {grad_norm:g}", [row.keys for row in batch.rows])
-    else:
-        state.skipped_in_a_row = 0
-        state.engine.step(rate)
-    return {
-        "loss": loss,
-        "skipped": int(skipped),
-        "lr": rate,
-        "grad_norm": grad_norm,
-        "target_tokens": batch.num_targets,
-        # The ranks of a sequence group all counted the same rows.
-        **{name: total / state.fold.num_sequence for name, total in zip(counted, sums, strict=True)},
-    }
-
-
 def validate(state: TrainingState, validation: ValidationConfig, root: Path) -> float:
     """Mean loss over the targets of rows that are the same every time. Collective.
 
@@ -300,50 +257,12 @@ def validate(state: TrainingState, validation: ValidationConfig, root: Path) -> 
     return loss / batch.num_targets
 
 
-def _count_skipped(state: TrainingState, figures: str, keys: list[tuple[str, ...]]) -> None:
-    """Every rank sees the same figures, so that all skip a step or none."""
-    state.skipped_in_a_row += 1
-    log.warning("step skipped, %s, on samples %s", figures, keys)
-    if state.skipped_in_a_row > state.config.optimizer.max_skipped:
-        raise LongvilaError(
-            f"{state.skipped_in_a_row} steps in a row were skipped (optimizer.max_skipped is "
-            f"{state.config.optimizer.max_skipped}); the last: {figures}, on samples {keys}; lower the learning rate, "
-            f"or look at those samples"
-        )
-
-
 def list_bad(path: Path, bad: BadSamples) -> None:
     """Writes the unusable samples of the current phase that `path` does not list yet, one JSON object a line."""
     known = {line["key"] for line in read_jsonl(path)} if bad.listed else set()
     if new := [{"key": key, "reason": reason} for key, reason in bad.listed.items() if key not in known]:
         with path.open("a") as file:
             file.writelines(json.dumps(line) + "\n" for line in new)
-
-
-def forward_row(state: TrainingState, row: Row) -> torch.Tensor:
-    """Sum of the cross-entropy over this rank's targets of one row."""
-    model, device = state.model, state.device
-    local = shard_row(
-        row.input_ids.to(device),
-        row.labels.to(device),
-        row.position_ids.to(device),
-        row.lengths,
-        row.input_ids == model.config.frame_token_id,
-        model.projector.tokens_per_frame,
-        state.fold,
-        state.config.parallel.layout,
-        state.config.parallel.routing,
-        attention_of(state.model.language_model.config),
-    )
-    output = state.engine.forward(
-        input_ids=local.input_ids,
-        frames=row.frames.to(device),
-        position_ids=local.position_ids,
-        labels=local.labels,
-        route=local.route,
-        plan=local.plan,
-    )
-    return output.loss_sum
 
 
 def make_loader(state: TrainingState, data: DataConfig, root: Path) -> RowLoader:
@@ -383,19 +302,28 @@ def check_context(context: int, phases: Sequence[Phase]) -> None:
             )
 
 
+def assemble(
+    config: StageConfig, run: Path, weights: Mapping[str, Any], phases: Sequence[Phase]
+) -> tuple[LongVilaModel, PreTrainedTokenizerBase]:
+    """The model of a stage as others load it: with trained `weights`, adapters merged, and the RoPE base of `phases`,
+    those begun so far."""
+    model, tokenizer = load_start(config, run)
+    merge = prepare(model, config)
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    tied = set(model.all_tied_weights_keys)
+    if unexpected or set(missing) - tied:
+        raise LongvilaError(f"trained weights do not fit the model: missing {missing}, unexpected {unexpected}")
+    enter_phase(model, phases)
+    merge()
+    return model, tokenizer
+
+
 def _finish(state: TrainingState, run: Path, moved: dict[str, bool], seconds: float) -> None:
     """Writes the final model, adapters merged, in Hugging Face format, and the stage's summary."""
     config, folder = state.config, run / state.config.name
     weights = state.engine.weights()
     if dist.get_rank() == 0:
-        model, tokenizer = load_start(config, run)
-        merge = prepare(model, config)
-        missing, unexpected = model.load_state_dict(weights, strict=False)
-        tied = set(model.all_tied_weights_keys)
-        if unexpected or set(missing) - tied:
-            raise LongvilaError(f"final weights do not fit the model: missing {missing}, unexpected {unexpected}")
-        enter_phase(model, config.phases)
-        merge()
+        model, tokenizer = assemble(config, run, weights, config.phases)
         write_summary(folder, config, state.model, moved, seconds)
         save_model(model, tokenizer, folder / "model")
     barrier()

@@ -22,6 +22,7 @@ from longvila.config import DataConfig, ParallelConfig, Phase, ShardingConfig, V
 from longvila.errors import ConfigError
 from longvila.parallel.launch import RankError, run_ranks
 from longvila.train import loop
+from longvila.train import step as step_module
 from longvila.train.gradients import make_model, make_row, reference
 from longvila.train.loop import check_context, part_checksums
 
@@ -127,13 +128,13 @@ def poison(steps_with_nan, max_skipped=10):
     """Makes the loss of one rank not a number at some calls, from 0, and takes five steps."""
     state = make_state(ParallelConfig(inner=2))
     state.config = dataclasses.replace(state.config, optimizer=dataclasses.replace(OPTIMIZER, max_skipped=max_skipped))
-    real, calls = loop.forward_row, itertools.count()
+    real, calls = step_module.forward_row, itertools.count()
 
     def forward_row(state, row):
         loss = real(state, row)
         return loss * float("nan") if next(calls) // ROWS_PER_STEP in steps_with_nan and dist.get_rank() == 1 else loss
 
-    loop.forward_row = forward_row
+    step_module.forward_row = forward_row
     figures, weights = [], []
     for step in range(5):
         figures += take_steps(state, step, 1)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from longvila.bench.tiny import write_models
 
@@ -94,6 +95,9 @@ def test_a_stage_says_what_it_trained_and_how_it_went(trained):
     lines = [json.loads(line) for line in (trained / "align" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert {line["phase"] for line in lines} == {"a", "b"}
+    assert all(line["flops_per_second"] == line["flops"] / line["seconds"] for line in lines)
+    assert all(line["memory"] > 2**20 for line in lines)
+    assert not any("mfu" in line for line in lines)  # nobody knows the peak of a CPU
 
 
 def test_adapters_are_merged_and_the_context_base_is_kept(trained):
@@ -101,6 +105,31 @@ def test_adapters_are_merged_and_the_context_base_is_kept(trained):
     assert not [name for name in names if "lora" in name]
     text = json.loads((trained / "tune" / "model" / "config.json").read_text())["text_config"]
     assert text["rope_parameters"]["rope_theta"] == 5e4
+
+
+def test_the_middle_of_a_run_and_its_end_are_exported_by_one_process(trained, tmp_path):
+    tune = trained / "tune"
+    run("export", tune / "checkpoints" / "step-000002", "--out", tmp_path / "middle")
+    run("export", tune, "--out", tmp_path / "end")
+    run("export", tune, "--out", tmp_path / "text", "--part", "language_model", "--dtype", "bf16")
+    start, middle, end = (load_file(folder / "model.safetensors") for folder in
+                          (trained / "align" / "model", tmp_path / "middle", tmp_path / "end"))  # fmt: skip
+    assert start.keys() == middle.keys() == end.keys()
+    moved = [name for name in start if not torch.equal(start[name], middle[name])]
+    assert moved
+    assert all(name.startswith("language_model.") for name in moved)
+    assert any(not torch.equal(middle[name], end[name]) for name in moved)
+    assert all(
+        torch.equal(end[name], weight) for name, weight in load_file(tune / "model" / "model.safetensors").items()
+    )
+    bases = [json.loads((tmp_path / name / "config.json").read_text())["text_config"]["rope_parameters"]["rope_theta"]
+             for name in ("middle", "end")]  # fmt: skip
+    assert bases == [5e4, 5e4]  # the stage before ended with it
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "text")
+    weight = model.get_input_embeddings().weight
+    assert torch.equal(weight, end["language_model.model.embed_tokens.weight"].bfloat16())
+    assert "2 of 6" in (tmp_path / "middle" / "README.md").read_text()
+    assert "versions" in (tmp_path / "end" / "README.md").read_text()
 
 
 def test_a_run_broken_off_and_resumed_gives_the_same_weights_bit_for_bit(trained):
@@ -157,6 +186,19 @@ def test_a_finished_stage_is_not_trained_again(trained):
     assert (trained / "align" / "metrics.jsonl").stat().st_mtime_ns == before
 
 
+def test_chosen_steps_are_profiled_and_a_peak_that_is_given_makes_an_mfu(trained):
+    options = ["--set", "parallel.inner=1", "--set", "peak_flops=1e9", "--profile", "2:3"]
+    result = run("train", write_stage(trained, "seen"), "--run", trained, *options)
+    assert [path.name for path in (trained / "seen" / "profile").iterdir()] == ["steps-2-3.json.gz"]
+    assert "Self CPU" in result.stderr
+    lines = [json.loads(line) for line in (trained / "seen" / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["mfu"] == line["flops_per_second"] / 1e9 for line in lines)
+    # The same rows, which two ranks shared, their parameters sharded.
+    shared = [json.loads(line) for line in (trained / "align" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["flops"] for line in lines] == [line["flops"] for line in shared]
+    assert re.search(r"step 6/6  b  loss \d.*tokens/s  .*% MFU  .* GiB  ETA 0:00:00", result.stderr)
+
+
 @pytest.mark.parametrize(
     ("name", "starts_from", "extra", "words"),
     [
@@ -165,6 +207,8 @@ def test_a_finished_stage_is_not_trained_again(trained):
         ("wide", None, ("--set", "parallel.inner=3"), "sequence group of 3 ranks"),
         ("empty", None, ("--data", "/nonexistent", "--set", "parallel.inner=1"), "/nonexistent"),
         ("typo", None, ("--set", "optimizer.clap=1"), "no such field"),
+        ("words", None, ("--profile", "two"), "--profile two: write FIRST:LAST"),
+        ("late", None, ("--profile", "5:7", "--set", "parallel.inner=1"), "within the steps that are left, 1:6"),
     ],
 )
 def test_a_run_that_cannot_start_says_why_in_one_line(trained, name, starts_from, extra, words):

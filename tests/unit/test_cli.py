@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from longvila.cli import app
 
-VERBS = ["pack", "base", "train", "eval", "caption", "report", "gradients", "doctor"]
+VERBS = ["pack", "base", "train", "eval", "caption", "export", "report", "gradients", "doctor"]
 HEAVY = ["torch", "transformers", "open_clip", "av", "webdataset", "numpy", "PIL", "matplotlib"]
 
 runner = CliRunner()

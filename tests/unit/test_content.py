@@ -65,7 +65,7 @@ def test_an_installed_wheel_finds_the_content_it_carries(tmp_path: Path):
     root = Path(content.__file__).parents[1]
     installed = tmp_path / "longvila"
     (installed / "_content").mkdir(parents=True)
-    for name in ("__init__.py", "content.py", "config.py", "errors.py", "_content/__init__.py"):
+    for name in ("__init__.py", "registration.py", "content.py", "config.py", "errors.py", "_content/__init__.py"):
         shutil.copy(root / "longvila" / name, installed / name)
     shutil.copytree(root / "eval", installed / "_content" / "eval")
     shutil.copytree(root / "stages", installed / "_content" / "stages")
