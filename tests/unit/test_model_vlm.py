@@ -8,7 +8,7 @@ from transformers import AutoModel, AutoModelForCausalLM, Qwen2Config
 from longvila.config import ModelConfig
 from longvila.errors import ConfigError, DataError
 from longvila.model import LongVilaModel, build_model, load_model, save_model
-from longvila.model.rope import set_rope_theta
+from longvila.model.rope import extend_context
 
 from .model_parts import byte_tokenizer, llama, model_config, qwen3, random_frames
 
@@ -98,10 +98,11 @@ def test_saving_and_loading_keeps_every_logit_and_the_tied_weights(tmp_path):
 
 def test_a_rope_base_set_after_building_is_saved_with_the_model(tmp_path):
     model, tokenizer = build_model(model_config(tmp_path))
-    set_rope_theta(model.language_model, 5e4)
+    extend_context(model.language_model, 5e4, 65_536)
     save_model(model, tokenizer, tmp_path / "model")
     loaded, _ = load_model(tmp_path / "model")
     assert loaded.language_model.config.rope_parameters["rope_theta"] == 5e4
+    assert loaded.language_model.config.max_position_embeddings == 65_536
 
 
 def test_building_keeps_the_weights_of_the_language_model_and_follows_the_seed(tmp_path):
