@@ -132,22 +132,29 @@ def _shard_parameters(model: nn.Module, fold: Fold, precision: str, sharding: Sh
         reshard = check_sharding(sharding, mesh.size())
         if reshard == mesh.size():  # one node is the world
             reshard = True
-    for block in [*blocks(model), *_embeddings(model)]:
-        fully_shard(block, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy)
-    fully_shard(model, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy)
-    for embedding in _embeddings(model):
-        embedding.set_unshard_in_backward(False)  # its backward does not look at the weights
+
+    def shard(module: nn.Module, ignored: set[nn.Parameter] | None = None) -> Any:
+        return fully_shard(module, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy, ignored_params=ignored)
+
+    for block in blocks(model):
+        shard(block)
+    # The matrices of words are large and of no use to the backward of a look-up: gathered for the forward alone.
+    language_model: Any = getattr(model, "language_model", model)
+    embedding, head = language_model.get_input_embeddings(), language_model.get_output_embeddings()
+    tied = head is not None and embedding.weight is head.weight
+    if not tied:
+        shard(embedding).set_unshard_in_backward(False)
+    if language_model is model:
+        shard(model)
+    else:  # nor does the backward of the chunked loss look at them, so that the root unit holds the output matrix alone
+        shard(model.vision)  # type: ignore[arg-type]
+        shard(model.projector)  # type: ignore[arg-type]
+        shard(language_model.get_decoder(), {embedding.weight} if tied else None)
+        shard(model).set_unshard_in_backward(False)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-
-
-def _embeddings(model: nn.Module) -> list[Any]:
-    """The language model's embeddings, where they are a matrix of their own: gathered for a look-up, not for a step."""
-    language_model: Any = getattr(model, "language_model", model)
-    embedding, head = language_model.get_input_embeddings(), language_model.get_output_embeddings()
-    return [] if head is not None and embedding.weight is head.weight else [embedding]
 
 
 def attention_of(config: PreTrainedConfig) -> ModelAttention:

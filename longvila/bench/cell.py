@@ -31,18 +31,20 @@ _TICKS = os.sysconf("SC_CLK_TCK")
 
 @dataclass(frozen=True)
 class TextModel:
-    """A Qwen3 with heads of 64, in fp32. Output matrix and embeddings are two: ALST's tiled loss fails on tied ones."""
+    """A Qwen3 with heads of 64, in fp32."""
 
     vocabulary: int
     hidden: int
     mlp: int
     layers: int = 2
     heads: int = 2
+    tied: bool = False
+    """Whether embeddings and output matrix are one. ALST's tiled loss fails where they are."""
 
     def __str__(self) -> str:
         return (
             f"Qwen3, fp32: {self.layers} layers of width {self.hidden}, MLP {self.mlp}, {self.heads} heads of 64, "
-            f"{self.vocabulary:,} words"
+            f"{self.vocabulary:,} words{', tied' if self.tied else ''}"
         )
 
 

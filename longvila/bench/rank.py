@@ -50,7 +50,7 @@ def language_model(model: TextModel) -> Qwen3ForCausalLM:
     config = Qwen3Config(
         vocab_size=model.vocabulary, hidden_size=model.hidden, intermediate_size=model.mlp,
         num_hidden_layers=model.layers, num_attention_heads=model.heads, num_key_value_heads=model.heads,
-        head_dim=64, max_position_embeddings=2**20, tie_word_embeddings=False,
+        head_dim=64, max_position_embeddings=2**20, tie_word_embeddings=model.tied,
     )  # fmt: skip
     return Qwen3ForCausalLM(config).train()
 

@@ -24,7 +24,8 @@ RANKS = {OURS: 2, TRAINER: 1, ALST: 2}
 WIDE = TextModel(vocabulary=4096, hidden=2048, mlp=2048)
 CONTEXT = TextModel(vocabulary=32_000, hidden=2048, mlp=2048)
 """As many words as the smallest vocabularies in use (Llama 2, Mistral): their logits are a part of what a row takes."""
-WORDY = TextModel(vocabulary=151_936, hidden=128, mlp=512, layers=4)
+WORDY = TextModel(vocabulary=151_936, hidden=256, mlp=1024, layers=4, tied=True)
+"""The words of Qwen2 and Qwen3, which tie them in their small sizes."""
 VIDEO = TextModel(vocabulary=4096, hidden=256, mlp=1024)
 TILE = 1024
 """Tokens of a tile, and of ALST's at this width about as many: tokens / width tiles."""

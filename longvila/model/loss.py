@@ -8,8 +8,7 @@ logits nothing stays, and nothing is computed twice.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, Protocol
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +19,7 @@ from longvila.errors import ConfigError
 
 IGNORE = -100
 LOGIT_BYTES = 64 * 2**20
-"""Of one chunk's logits in fp32. Three such tensors exist at a time: logits, their softmax, their gradient. 64 MiB are
+"""Of one chunk's logits in fp32. Two such tensors exist at a time: logits and their gradient. 64 MiB are
 110 targets of 152 thousand words: enough for matrix products at full speed, and little beside the gradient of an output
 matrix (152 thousand words x 1024 are 622 MB), which is added to once for each chunk."""
 FEWEST_TARGETS = 32
@@ -35,12 +34,15 @@ class LogitHead:
 
     def __init__(self, language_model: PreTrainedModel):
         config = language_model.config
-        self.linear: Any = language_model.get_output_embeddings()
+        linear = language_model.get_output_embeddings()
+        if not isinstance(linear, nn.Linear):
+            raise ConfigError(
+                f"the output matrix of {type(language_model).__name__} is a {type(linear).__name__}; the chunked loss "
+                f"takes a plain linear layer (leave it out of lora.targets)"
+            )
+        self.linear = linear
         self.scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
         self.softcap = getattr(config, "final_logit_softcapping", None)
-
-    def parameters(self) -> Iterable[nn.Parameter]:
-        return self.linear.parameters()
 
     @property
     def chunk(self) -> int:
@@ -48,7 +50,10 @@ class LogitHead:
         return max(FEWEST_TARGETS, LOGIT_BYTES // (4 * self.linear.weight.shape[0]))
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        logits = self.linear(hidden)
+        return self.finish(self.linear(hidden))
+
+    def finish(self, logits: Tensor) -> Tensor:
+        """What follows the product with the output matrix."""
         if self.scale != 1:
             logits = logits * self.scale
         if self.softcap is not None:
@@ -81,65 +86,93 @@ def check_logit_head(language_model: PreTrainedModel) -> None:
         )
 
 
-class Head(Protocol):
-    """(n, D) -> (n, vocabulary): a LogitHead, or a module."""
-
-    def __call__(self, hidden: Tensor, /) -> Tensor: ...
-
-    def parameters(self) -> Iterable[nn.Parameter]: ...
-
-
-def chunked_cross_entropy(hidden: Tensor, labels: Tensor, head: Head, chunk: int) -> tuple[Tensor, Tensor]:
+def chunked_cross_entropy(
+    hidden: Tensor,
+    labels: Tensor,
+    linear: nn.Linear,
+    chunk: int,
+    finish: Callable[[Tensor], Tensor] = lambda logits: logits,
+) -> tuple[Tensor, Tensor]:
     """Sum of the cross-entropy over the targets, in fp32 (fp64 for fp64 hidden states).
 
     Args:
         hidden: (N, D) last hidden states.
         labels: (N,) the target that follows each position; -100 where there is none.
+        linear: the output matrix. It is not called, since ranks have different numbers of chunks and an engine may
+            communicate when a module is called: its weights must be whole.
         chunk: targets whose logits exist at one time.
+        finish: what follows the product with the output matrix, element by element.
 
     Returns:
         The sum and the number of targets. Without a target the sum is 0 and still reaches every parameter.
     """
     places = (labels != IGNORE).nonzero().flatten()
-    trained = [p for p in head.parameters() if p.requires_grad]
-    with_grads = torch.is_grad_enabled() and (hidden.requires_grad or bool(trained))
-    total = _ChunkedCrossEntropy.apply(hidden, labels, places, head, chunk, with_grads, *trained)
+    total = _ChunkedCrossEntropy.apply(
+        hidden, linear.weight, linear.bias, labels, places, chunk, finish, torch.is_grad_enabled()
+    )
     return total, torch.tensor(len(places), device=labels.device)  # type: ignore[return-value]
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Takes the gradients of each chunk in the forward: a loss has one number above it, which the backward multiplies.
 
-    Trained parameters are arguments so that autograd asks for their gradients.
+    Nothing as large as the output matrix is made but its gradient, which each chunk adds to in place.
     """
 
     @staticmethod
     def forward(
-        ctx, hidden: Tensor, labels: Tensor, places: Tensor, head: Head, chunk: int, with_grads: bool, *trained: Tensor
+        ctx,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        places: Tensor,
+        chunk: int,
+        finish: Callable[[Tensor], Tensor],
+        with_grads: bool,
     ):
         exact = torch.promote_types(hidden.dtype, torch.float32)
         total = torch.zeros((), dtype=exact, device=hidden.device)
-        if with_grads:
-            grad_hidden = torch.zeros_like(hidden)
-            # Added up over chunks in fp32 at least.
-            grads = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in trained]
+        needed = [with_grads and needs for needs in ctx.needs_input_grad[:3]]
+        # Added up over chunks in fp32 at least.
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        grad_hidden = torch.zeros_like(hidden) if needed[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if needed[1] else None
+        grad_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and needed[2] else None
         for start in range(0, len(places), chunk):
             some = places[start : start + chunk]
-            part = hidden[some].detach().requires_grad_(with_grads)
-            with torch.set_grad_enabled(with_grads):
-                loss = F.cross_entropy(head(part).to(exact), labels[some], reduction="sum")
-            total += loss.detach()
-            if with_grads:
-                grad_hidden[some], *found = torch.autograd.grad(loss, [part, *trained])
-                for grad, one in zip(grads, found, strict=True):
-                    grad += one
-        if with_grads:
-            ctx.save_for_backward(grad_hidden, *(grad.to(p.dtype) for grad, p in zip(grads, trained, strict=True)))
+            part = hidden[some]
+            with torch.set_grad_enabled(any(needed)):
+                product = F.linear(part.detach(), weight.detach(), bias.detach() if bias is not None else None)
+                product.requires_grad_(any(needed))
+                logits = finish(product).to(exact)
+            rest = logits.detach()
+            log_sum = rest.logsumexp(-1, keepdim=True)
+            target = labels[some, None]
+            total += (log_sum - rest.gather(-1, target)).sum()
+            if not any(needed):
+                continue
+            # Softmax less one at the target, by hand: autograd would hold two more tensors of this size.
+            slope = (rest - log_sum).exp_()
+            slope.scatter_add_(-1, target, slope.new_full((), -1.0).expand(target.shape))
+            (grad,) = torch.autograd.grad(logits, product, slope)
+            del logits, rest, slope
+            if grad_hidden is not None:
+                grad_hidden[some] = grad @ weight
+            if grad_weight is not None and wide == grad.dtype:
+                grad_weight.addmm_(grad.T, part)
+            elif grad_weight is not None:
+                grad_weight += grad.T @ part
+            if grad_bias is not None:
+                grad_bias += grad.sum(0)
+        grads = (grad_hidden, grad_weight, grad_bias)
+        types = (hidden.dtype, weight.dtype, weight.dtype)
+        ctx.save_for_backward(*(None if g is None else g.to(t) for g, t in zip(grads, types, strict=True)))
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
-        # In place: nothing of the size of the output matrix is made. A second backward is refused by torch itself.
-        grad_hidden, *grads = (saved.mul_(grad) for saved in ctx.saved_tensors)
-        return grad_hidden, None, None, None, None, None, *grads
+        # In place: a second backward is refused by torch itself.
+        grads = (None if saved is None else saved.mul_(grad) for saved in ctx.saved_tensors)
+        return *grads, None, None, None, None, None

@@ -139,7 +139,9 @@ class LongVilaModel(PreTrainedModel):
         head = LogitHead(self.language_model)
         if labels is None:
             return LongVilaOutput(logits=head(hidden))
-        loss_sum, num_targets = chunked_cross_entropy(hidden[0], labels[0], head, loss_chunk or head.chunk)
+        loss_sum, num_targets = chunked_cross_entropy(
+            hidden[0], labels[0], head.linear, loss_chunk or head.chunk, head.finish
+        )
         return LongVilaOutput(loss_sum=loss_sum, num_targets=num_targets)
 
     def embed(self, input_ids: Tensor, frame_tokens: Tensor, route: Route | None = None) -> Tensor:

@@ -98,6 +98,7 @@ class DeepSpeedEngine:
         apply_folds(model, fold, config.precision, config.recompute, config.recompute_keeps, None, config.tile_tokens)
         self.model = model
         self._stage = settings["zero_optimization"]["stage"]
+        head = model.language_model.get_output_embeddings()
         optimizer = make_optimizer(model, config.optimizer)
         self._fragments = importlib.import_module("deepspeed.utils")
         # DeepSpeed casts everything. What does not move stays as it is in what is saved, and RoPE's frequencies in use.
@@ -108,6 +109,9 @@ class DeepSpeedEngine:
         }
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         self._engine = self._deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
+        if self._stage == 3:  # the loss uses the output matrix without calling its module: whole for the whole forward
+            for parameter in head.parameters():
+                self._deepspeed.zero.register_external_parameter(model, parameter)
         for name, buffer in model.named_buffers():
             buffer.data = buffers[name].to(buffer.device)
         self._zero: Any = self._engine.optimizer

@@ -53,24 +53,35 @@ def test_value_and_gradients_equal_the_full_logits(chunk):
         torch.testing.assert_close(ours, plain, rtol=0, atol=1e-12)
 
 
-class Recorder(torch.nn.Linear):
-    """A head that remembers how many targets it was given at a time."""
-
-    def __init__(self):
-        super().__init__(4, 8)
-        self.sizes = []
-
-    def forward(self, hidden):
-        self.sizes.append(len(hidden))
-        return super().forward(hidden)
-
-
 def test_logits_never_exist_for_more_than_a_chunk_and_are_computed_once():
-    head = Recorder()
+    sizes = []
     labels = torch.tensor([1, -100, 2, 3, -100, 0, 1, 1])
-    loss, _ = chunked_cross_entropy(torch.randn(8, 4, requires_grad=True), labels, head, 4)
+    hidden, head = torch.randn(8, 4, requires_grad=True), torch.nn.Linear(4, 8)
+    loss, _ = chunked_cross_entropy(hidden, labels, head, 4, lambda logits: (sizes.append(len(logits)), logits)[1])
     loss.backward()
-    assert head.sizes == [4, 2]
+    assert sizes == [4, 2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_what_follows_the_output_matrix_is_differentiated(dtype):
+    labels, results = torch.randint(0, 8, (9,)), []
+    for chunked in (True, False):
+        torch.manual_seed(1)
+        head, hidden = torch.nn.Linear(4, 8, bias=False).to(dtype), torch.randn(9, 4).to(dtype).requires_grad_()
+
+        def cap(logits):
+            return 2 * torch.tanh(logits / 2)
+
+        if chunked:
+            loss, _ = chunked_cross_entropy(hidden, labels, head, 4, cap)
+        else:
+            loss = F.cross_entropy(
+                cap(head(hidden)).to(torch.promote_types(dtype, torch.float32)), labels, reduction="sum"
+            )
+        loss.backward()
+        results.append((loss.detach(), hidden.grad, head.weight.grad))
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=0, atol=1e-12 if dtype == torch.float64 else 2e-2)
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "head"])
