@@ -361,6 +361,7 @@ def _watch(command: Sequence[str]) -> Outcome:
         os.kill(number, 9)
     process.wait()
     reader.join()
+    stream.close()
     return Outcome(status, lines, len(left) if status != -1 else 0)
 
 
