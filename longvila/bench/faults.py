@@ -166,13 +166,16 @@ def run(quick: bool, show: Callable[[str, list[dict[str, Any]], str], None]) -> 
             log.info("%d of %d, %s: %s", number, len(faults), fault.name, verdict)
     shown = [{name: _short(value) for name, value in row.items() if name != "log"} for row in rows]
     show("faults", shown, f"{STEPS} steps, a checkpoint every {EVERY}, two ranks")
+    return {"quick": quick, "faults": rows, "bars": _bars(rows)}
+
+
+def _bars(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     survived = sum(row["survived"] for row in rows)
-    went_on = [row["identical"] for row in rows]
-    bars = [
+    identical = all(row["identical"] for row in rows)
+    return [
         {"name": "faults_survived", "value": survived, "bound": len(rows), "holds": survived == len(rows)},
-        {"name": "resume_bit_identical", "value": int(all(went_on)), "bound": 1, "holds": all(went_on)},
+        {"name": "resume_bit_identical", "value": int(identical), "bound": 1, "holds": identical},
     ]
-    return {"quick": quick, "faults": rows, "bars": bars}
 
 
 def _short(value: Any) -> Any:
@@ -358,6 +361,7 @@ def _watch(command: Sequence[str]) -> Outcome:
         os.kill(number, 9)
     process.wait()
     reader.join()
+    stream.close()
     return Outcome(status, lines, len(left) if status != -1 else 0)
 
 
