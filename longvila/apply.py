@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection
 from typing import Any
 
@@ -147,6 +148,8 @@ def _shard_parameters(model: nn.Module, fold: Fold, precision: str, sharding: Sh
     if language_model is model:
         shard(model)
     else:  # nor does the backward of the chunked loss look at them, so that the root unit holds the output matrix alone
+        # Both may end in a view, of which torch warns: nothing writes into that.
+        warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(FSDP(VisionTower|Projector)\) returned a view")
         shard(model.vision)  # type: ignore[arg-type]
         shard(model.projector)  # type: ignore[arg-type]
         shard(language_model.get_decoder(), {embedding.weight} if tied else None)

@@ -200,8 +200,6 @@ def _cpu_seconds(process: int) -> float:
 def _last_line(folder: Path, ranks: int) -> str:
     """What each rank said last."""
     logs = [(folder / f"rank-{rank}.log").read_text(errors="replace").strip() for rank in range(ranks)]
-    if os.environ.get("LONGVILA_BENCH_LOGS"):
-        print("\n".join(logs), file=sys.stderr)
     return "; ".join(dict.fromkeys(log.splitlines()[-1] for log in logs if log)) or "it ended without a word"
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from longvila.bench.engines import make_config, make_state, take_steps
 from longvila.config import ParallelConfig, ShardingConfig
 from longvila.errors import ConfigError, LongvilaError
 from longvila.parallel.agree import any_rank, barrier
@@ -16,8 +17,6 @@ from longvila.parallel.fold import make_fold, parameter_mesh, start_world, world
 from longvila.parallel.launch import RankError, run_ranks
 from longvila.parallel.lost import lost_ranks
 from longvila.train.checkpoint import Checkpoints, Position
-
-from .training_parts import make_config, make_state, steps
 
 
 def seconds_of(group):
@@ -39,7 +38,7 @@ def test_ranks_wait_as_long_in_every_group_as_in_the_world():
 
 
 def in_a_step(state):
-    steps(state, 1, 1)
+    take_steps(state, 1, 1)
 
 
 def in_an_agreement(state):
@@ -59,7 +58,7 @@ def lose_rank(work, folder):
     """Rank 1 ends without a word; the other works on."""
     state = make_state(ParallelConfig(inner=2))
     state.checkpoints = Checkpoints(folder, 1)
-    steps(state, 0, 1)
+    take_steps(state, 0, 1)
     if dist.get_rank() == 1:
         os._exit(1)
     with lost_ranks(9):
