@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from longvila.bench import engines
 from longvila.bench.cell import GIB, Cell, Limits, Result, TextModel, run_cell
 from longvila.bench.longest import find_longest
 
@@ -58,6 +59,8 @@ def run(quick: bool, budget: float, show: Show) -> dict[str, Any]:
         show(name, rows, note)
         return rows
 
+    note = "the same steps as a textbook's on one process; the worst step or parameter, weights by the sum of the rates"
+    engine_rows = section("engines", engines.measure(quick), note)
     tokens = 512 if quick else GRADIENT_TOKENS
     note = f"first step, {tokens} tokens: max |difference| / max |reference| of the worst parameter; one plain process"
     gradients = section("gradients", compare_gradients(tokens), note)
@@ -65,13 +68,14 @@ def run(quick: bool, budget: float, show: Show) -> dict[str, Any]:
     if quick:
         skipped = [{"section": name, "why": "--quick"} for name in ("vocabulary", "context", "film")]
         section("skipped", skipped, "their bars are not claimed, nor those of 8K tokens")
-        figures["bars"] = [_gradient_bar(gradients)]
+        figures["bars"] = [*engine_bars(engine_rows), _gradient_bar(gradients)]
         return figures
     wordy = section("vocabulary", measure_vocabulary(), f"{WORDY}; {WORDY_TOKENS} tokens; {MEMORY_NOTE}")
     limits = Limits(round(budget * GIB), CELL.seconds)
     context = section("context", measure_context(limits), f"{CONTEXT}; the longest row that fits; {limits}")
     film = section("film", [measure_film()], f"{VIDEO}; tower, projector and language model train")
     figures["bars"] = [
+        *engine_bars(engine_rows),
         _gradient_bar(gradients),
         time_bar(lengths, gradients),
         memory_bar(wordy),
@@ -162,6 +166,20 @@ def measure_film() -> dict[str, Any]:
         "cpu_seconds": sum(result.seconds), "peak_mib_per_rank": round(max(result.peaks) / 2**20),
         "why_not": result.why_not or ", ".join(result.without_gradient),
     }  # fmt: skip
+
+
+def engine_bars(rows: Rows) -> list[dict[str, Any]]:
+    """Of every engine the worst error; no figure where one could not run. Halved gradients must fail the bounds."""
+    right, halved = ([row for row in rows if row["gradients"] == kind] for kind in ("right", "halved"))
+    bars = []
+    for name, key, bound in (
+        ("engines_gradient_norm_error", "norm_error", engines.NORM),
+        ("engines_first_gradient_error", "first_gradient_error", engines.FIRST_GRADIENT),
+    ):
+        errors = [row[key] for row in right]
+        bars.append(_bar(name, None if None in errors else max(errors), bound, "at most"))
+    caught = int(bool(halved) and not any(row["within"] for row in halved))
+    return [*bars, _bar("halved_gradients_caught", caught, 1, "at least")]
 
 
 def time_bar(lengths: Rows, gradients: Rows) -> dict[str, Any]:

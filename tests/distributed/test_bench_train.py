@@ -126,3 +126,21 @@ def test_an_absent_peer_is_reported(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     rows = train._run(Cell(train.ALST, TINY, 64), ROOMY)
     assert rows.why_not == "accelerate and deepspeed not installed; pip install 'longvila[deepspeed]'"
+
+
+def engine_row(gradients, norm, within, first=1e-7):
+    return {"gradients": gradients, "norm_error": norm, "first_gradient_error": first, "within": within}
+
+
+def test_engine_bars_take_the_worst_engine_and_demand_that_halved_gradients_are_seen():
+    rows = [engine_row("right", 1e-7, True), engine_row("right", 2e-5, False), engine_row("halved", 0.5, False)]
+    norm, first, halved = train.engine_bars(rows)
+    assert (norm["value"], norm["holds"]) == (2e-5, False)
+    assert (first["value"], first["holds"], halved["holds"]) == (1e-7, True, True)
+    assert not train.engine_bars([*rows, engine_row("halved", 0.0, True)])[2]["holds"]
+    assert not train.engine_bars(rows[:2])[2]["holds"]
+
+
+def test_an_engine_that_could_not_run_leaves_its_bars_without_a_figure():
+    bars = train.engine_bars([engine_row("right", 1e-7, True), engine_row("right", None, None, None)])
+    assert [(bar["value"], bar["holds"]) for bar in bars[:2]] == [(None, False)] * 2
