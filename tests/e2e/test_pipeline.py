@@ -222,3 +222,21 @@ def test_a_folder_of_videos_is_captioned_and_a_broken_one_is_named(trained):
     result = run("caption", trained / "videos", "--checkpoint", trained / "tune" / "model", "--frames", "4")
     assert "5 captioned, 1 skipped" in result.stdout
     assert "3.mp4" in result.stderr
+
+
+def test_a_dry_run_reads_models_and_data_and_writes_nothing(trained):
+    result = run("train", write_stage(trained, "dry"), "--run", trained, "--set", "parallel.inner=1", "--dry-run")
+    said = " ".join(result.stderr.split())
+    assert "a: 3 steps of 1 rows of 128 tokens at rate 0.001; the first: " in said
+    assert re.search(r"\d+ tokens in \d+ documents with \d+ frames on this data rank, \d+ targets in all", said)
+    assert "nothing was written" in result.stderr
+    assert not (trained / "dry").exists()
+
+
+def test_a_stage_under_deepspeed_ends_with_the_weights_of_fsdp2(trained):
+    pytest.importorskip("deepspeed")
+    stage = write_stage(trained, "zero", "align", '("language_model",)', "LoraConfig(2, 4)")
+    run("train", stage, "--run", trained, "--set", "engine=zero2", ranks=2)
+    expected, found = (load_file(trained / name / "model" / "model.safetensors") for name in ("tune", "zero"))
+    assert found.keys() == expected.keys()
+    assert max((found[name] - weight).abs().max().item() for name, weight in expected.items()) < 1e-5
