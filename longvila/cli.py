@@ -284,8 +284,7 @@ def gradients(
     figures = check()
     error, bound = figures["max_error"], figures["bound"]
     figures["bars"] = [{"name": "gradient_max_error", "value": error, "bound": bound, "holds": error <= bound}]
-    _write_figures(figures, json_)
-    _print_bars(figures)
+    _report(figures, json_)
 
 
 @functools.partial(verb, of=benches)
@@ -296,10 +295,7 @@ def attention(
     """The attention engine: exactness, balance, bytes, time, checkpointing policies, and peers in the same run."""
     from longvila.bench.attention import run
 
-    figures = run(quick, _print_table)
-    if json_ is not None:
-        _write_figures(figures, json_)
-    _print_bars(figures)
+    _report(run(quick, _print_table), json_)
 
 
 @functools.partial(verb, of=benches)
@@ -310,10 +306,7 @@ def faults(
     """Break a run of two ranks in twenty ways; each must be said, lose no checkpoint, and resume bit for bit."""
     from longvila.bench.faults import run
 
-    figures = run(quick, _print_table)
-    if json_ is not None:
-        _write_figures(figures, json_)
-    _print_bars(figures)
+    _report(run(quick, _print_table), json_)
 
 
 @functools.partial(verb, of=benches)
@@ -325,10 +318,7 @@ def train_(
     """Training on long rows: gradients, memory, time and longest context beside Trainer and DeepSpeed ALST."""
     from longvila.bench.train import run
 
-    figures = run(quick, budget, _print_table)
-    if json_ is not None:
-        _write_figures(figures, json_)
-    _print_bars(figures)
+    _report(run(quick, budget, _print_table), json_)
 
 
 @verb
@@ -357,9 +347,12 @@ def _answerer(checkpoint: Path) -> Any:
     return Answerer(model, tokenizer)
 
 
-def _write_figures(figures: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+def _report(figures: dict[str, Any], path: Path | None) -> None:
+    """Writes the figures, where asked to, and prints their bars."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    _print_bars(figures)
 
 
 def _print_table(title: str, rows: list[dict[str, Any]], note: str = "") -> None:

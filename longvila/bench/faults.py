@@ -43,7 +43,9 @@ MARK = "LONGVILA_FAULT"
 """A variable in the environment of a command's processes, by which those it leaves behind are found."""
 
 STAGE = f"""
-from longvila.config import *
+from longvila.config import (
+    PARTS, DataConfig, FrameSampling, ModelConfig, OptimizerConfig, Phase, SourceConfig, StageConfig,
+)
 
 def config(scale, models):
     data = DataConfig((SourceConfig("films"),), FrameSampling("fps", 4), row_tokens=128)

@@ -39,6 +39,7 @@ from longvila.parallel.agree import barrier
 from longvila.parallel.batch import shard_batch, shift_labels
 from longvila.parallel.fold import make_fold
 from longvila.parallel.launch import RankError, run_ranks
+from longvila.train.deepspeed import import_deepspeed
 
 RANKS = 2
 EXACT = 1e-3
@@ -226,12 +227,8 @@ def _fold_cut(model: Qwen3ForCausalLM, parallel: ParallelConfig) -> _Cut:
 
 def _ulysses_cut(model: Qwen3ForCausalLM) -> _Cut:
     """Replaces `sdpa` in this whole process, as DeepSpeed does, and cuts as its data loader does: equal chunks."""
-    os.environ["DS_ACCELERATOR"] = "cpu"  # read as it is imported
-    comm = importlib.import_module("deepspeed.comm")
+    import_deepspeed()
     ulysses = importlib.import_module("deepspeed.runtime.sequence_parallel.ulysses_sp")
-    # Otherwise it compiles a kernel for all-reduce, for a minute; attention's exchanges go by gloo in any case.
-    importlib.import_module("deepspeed.ops").__dict__["__compatible_ops__"] = {}
-    comm.init_distributed(dist_backend="gloo")  # takes the process group that is there
     ulysses.UlyssesSPAttentionHF.register_with_transformers(model, "sdpa", RANKS, micro_batch_size=1)
 
     def cut(row: _Row) -> tuple[dict[str, Any], Tensor]:

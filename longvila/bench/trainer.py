@@ -12,7 +12,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
-import os
 import tempfile
 from typing import Any
 
@@ -25,6 +24,7 @@ from transformers.models.qwen3 import modeling_qwen3
 
 from longvila.bench.cell import Cell
 from longvila.bench.rank import Watch, language_model, tokens_of
+from longvila.train.deepspeed import import_deepspeed
 
 RATE = 1e-4
 LOSS_TILE = 1024 * 4096
@@ -75,12 +75,9 @@ def train_alst(cell: Cell, watch: Watch) -> None:
 
 def prepare_deepspeed() -> None:
     """To be called before transformers looks for DeepSpeed."""
-    os.environ["DS_ACCELERATOR"] = "cpu"  # read as it is imported
-    ops = importlib.import_module("deepspeed.ops")
-    ops.__dict__["__compatible_ops__"] = {}  # otherwise it compiles a kernel for all-reduce, for a minute
-    importlib.import_module("deepspeed.runtime.sequence_parallel.ulysses_sp")
     # accelerate starts torch's process group alone where there is no GPU, and DeepSpeed's own is asked for.
-    importlib.import_module("deepspeed.comm").init_distributed(dist_backend="gloo")
+    import_deepspeed()
+    importlib.import_module("deepspeed.runtime.sequence_parallel.ulysses_sp")
 
 
 class _Measured(Trainer):

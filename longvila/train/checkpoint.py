@@ -132,6 +132,11 @@ class Checkpoints:
         assert isinstance(staged, dict)
         self._under_way = self._thread.submit(self._write, staged, position.step, about)
 
+    def exist(self) -> bool:
+        """Whether there is any, good or not."""
+        self._wait()
+        return bool(self._on_first(self._list))
+
     def load(self, state: dict[str, Any]) -> Position | None:
         """Fills `state` in place from the newest good checkpoint, and restores this rank's random generators.
 

@@ -21,13 +21,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from longvila.apply import apply_folds
 from longvila.config import ShardingConfig, StageConfig
 from longvila.errors import ConfigError
 from longvila.model.vlm import LongVilaModel
 from longvila.parallel.fold import Fold
+from longvila.train.engine import whole
 from longvila.train.optimizer import make_optimizer, set_learning_rate
 
 log = logging.getLogger(__name__)
@@ -93,7 +94,7 @@ class DeepSpeedEngine:
 
     def __init__(self, model: LongVilaModel, fold: Fold, config: StageConfig) -> None:
         settings = deepspeed_config(config, dist.get_world_size())
-        self._deepspeed = _import()
+        self._deepspeed = import_deepspeed()
         self._mesh = init_device_mesh(fold.mesh.device_type, (dist.get_world_size(),), mesh_dim_names=("zero",))
         apply_folds(model, fold, config.precision, config.recompute, config.recompute_keeps, None, config.tile_tokens)
         self.model = model
@@ -149,8 +150,8 @@ class DeepSpeedEngine:
     def discard(self) -> None:
         # A norm that is not finite is the one thing upon which DeepSpeed drops a step by itself.
         parameter = next(p for p in self.model.parameters() if p.requires_grad)
-        whole = torch.full(_shape(parameter), float("nan"), device=self._engine.device)
-        self._fragments.safe_set_full_grad(parameter, whole)
+        gradient = self._fragments.safe_get_full_grad(parameter)
+        self._fragments.safe_set_full_grad(parameter, torch.full_like(gradient, float("nan")))
         self._engine.step()
         assert self._zero.overflow, "a step of which a gradient is not a number was taken"
 
@@ -166,9 +167,9 @@ class DeepSpeedEngine:
     def weights(self) -> dict[str, Tensor]:
         found = {}
         for name, tensor in self._named():
-            whole = self._master(name, tensor)  # collective
+            weight = self._master(name, tensor)  # collective
             if dist.get_rank() == 0:
-                found[name] = whole.cpu()
+                found[name] = weight.cpu()
         return found
 
     def state(self) -> dict[str, Any]:
@@ -187,11 +188,11 @@ class DeepSpeedEngine:
 
     def load_state(self, state: dict[str, Any]) -> None:
         for name, tensor in self._named():
-            self._set_master(name, tensor, _whole(state["model"][name]))
+            self._set_master(name, tensor, whole(state["model"][name]))
         trained = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         for name, parameter in trained.items():
             for key in _MOMENTS:
-                self._fragments.safe_set_full_optimizer_state(parameter, _whole(state["optimizer"][name][key]), key)
+                self._fragments.safe_set_full_optimizer_state(parameter, whole(state["optimizer"][name][key]), key)
         for moments in self._zero.optimizer.state.values():
             moments["step"].fill_(state["optimizer"][next(iter(trained))]["step"])
 
@@ -199,26 +200,26 @@ class DeepSpeedEngine:
         """Parameters and persistent buffers under every name they have, tied ones twice, as torch saves them."""
         yield from self.model.state_dict(keep_vars=True).items()
 
-    def _spread(self, whole: Tensor) -> Tensor:
+    def _spread(self, tensor: Tensor) -> Tensor:
         """This rank's part of a tensor that all ranks hold, in the form in which FSDP2 would save it."""
-        return distribute_tensor(whole, self._mesh, [Shard(0)], src_data_rank=None) if whole.ndim else whole
+        return distribute_tensor(tensor, self._mesh, [Shard(0)], src_data_rank=None) if tensor.ndim else tensor
 
     def _master(self, name: str, tensor: Tensor) -> Tensor:
         """The whole weight, as exactly as it is known. Collective."""
         if tensor.requires_grad:
             return self._fragments.safe_get_full_fp32_param(tensor)
         if name in self._frozen:
-            return _whole(self._frozen[name])
+            return whole(self._frozen[name])
         with self._gathered(tensor):
             return tensor.detach().clone()
 
-    def _set_master(self, name: str, tensor: Tensor, whole: Tensor) -> None:
+    def _set_master(self, name: str, tensor: Tensor, weight: Tensor) -> None:
         with self._gathered(tensor, modifier_rank=0), torch.no_grad():
-            tensor.copy_(whole)
+            tensor.copy_(weight)
         if tensor.requires_grad:
-            self._fragments.safe_set_full_fp32_param(tensor, whole)
+            self._fragments.safe_set_full_fp32_param(tensor, weight)
         elif name in self._frozen:
-            self._frozen[name] = self._spread(whole)
+            self._frozen[name] = self._spread(weight)
 
     def _gathered(self, tensor: Tensor, modifier_rank: int | None = None) -> AbstractContextManager[None]:
         """Stage 3 holds a share of each parameter; within, the tensor is whole."""
@@ -226,15 +227,12 @@ class DeepSpeedEngine:
         return self._deepspeed.zero.GatheredParameters([tensor] if partitioned else [], modifier_rank)
 
 
-def _shape(parameter: Tensor) -> torch.Size:
-    return getattr(parameter, "ds_shape", parameter.shape)
+def import_deepspeed() -> Any:
+    """DeepSpeed, ready for this machine and in the process group that is there.
 
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _import() -> Any:
+    Raises:
+        ConfigError: where it is not installed.
+    """
     if importlib.util.find_spec("deepspeed") is None:
         raise ConfigError("this engine needs DeepSpeed; pip install 'longvila[deepspeed]', or set engine=fsdp2")
     os.environ.setdefault("LOCAL_RANK", "0")  # a run of one process without torchrun has none

@@ -29,7 +29,7 @@ from longvila.train.optimizer import make_optimizer, set_learning_rate
 
 
 class Engine(Protocol):
-    """Steps one model. Every method but `backward`'s local part is collective over the world."""
+    """Steps one model. Methods are collective over the world where they do not say otherwise."""
 
     model: LongVilaModel
 
@@ -114,7 +114,7 @@ class FSDP2Engine:
     def gradient_norm(self) -> float:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         self._norm = torch.nn.utils.get_total_norm(gradients)
-        return float(_whole(self._norm))
+        return float(whole(self._norm))
 
     def step(self, rate: float) -> None:
         torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self._clip, self._norm)
@@ -128,7 +128,7 @@ class FSDP2Engine:
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.model.named_parameters():
             if parameter.grad is not None:
-                yield name, _whole(parameter.grad)
+                yield name, whole(parameter.grad)
 
     def shares(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.model.named_parameters():
@@ -153,5 +153,11 @@ class FSDP2Engine:
         set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=optimizer)
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def whole_shape(parameter: Tensor) -> torch.Size:
+    """Also of a sharded parameter: DeepSpeed's ZeRO 3 leaves an empty tensor, and its shape beside it."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A DTensor gathered, collectively; any other tensor as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

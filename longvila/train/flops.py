@@ -30,6 +30,7 @@ from longvila.model.loss import IGNORE
 from longvila.model.vlm import LongVilaModel
 from longvila.parallel.blocks import Mask
 from longvila.shards.rows import Row
+from longvila.train.engine import whole_shape
 
 # Dense bf16 with fp32 accumulation, from NVIDIA's data sheets (some print twice as much, "with sparsity"). Found by a
 # part of the device's name; the first that fits.
@@ -127,7 +128,7 @@ def _matrices(module: nn.Module, flows: bool, config: PreTrainedConfig | None = 
     """
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):
-            shape = _shape(parameter)
+            shape = whole_shape(parameter)
             # Other parameters of two dims and more (positions, class tokens) are added, and embeddings looked up.
             if name.endswith(("weight", "_proj")) and len(shape) > 1 and not isinstance(part, nn.Embedding):
                 size = math.prod(shape)
@@ -137,10 +138,5 @@ def _matrices(module: nn.Module, flows: bool, config: PreTrainedConfig | None = 
             flows = flows or parameter.requires_grad
 
 
-def _shape(parameter: Tensor) -> Sequence[int]:
-    """Whole, also of a sharded parameter: DeepSpeed's ZeRO 3 leaves an empty tensor, and its shape beside it."""
-    return getattr(parameter, "ds_shape", parameter.shape)
-
-
 def _size(parameter: Tensor) -> int:
-    return math.prod(_shape(parameter))
+    return math.prod(whole_shape(parameter))

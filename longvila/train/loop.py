@@ -31,12 +31,12 @@ from longvila.parallel.lost import lost_ranks
 from longvila.shards.bad import BadSamples
 from longvila.shards.loader import RowLoader
 from longvila.train.anomaly import LossWatch
-from longvila.train.checkpoint import Checkpoints, Position
+from longvila.train.checkpoint import Checkpoints, Position, find_fault, newest, read_position
 from longvila.train.engine import Engine, make_engine
 from longvila.train.feed import RowFeed
 from longvila.train.flops import peak_flops
 from longvila.train.interrupt import StopSignal
-from longvila.train.memory import memory_table
+from longvila.train.memory import memory_table, sharding_of
 from longvila.train.metrics import Metrics, peak_memory, read_jsonl
 from longvila.train.optimizer import add_lora, choose_trained, freeze, learning_rate, phase_at
 from longvila.train.profiler import StepProfiler
@@ -146,7 +146,7 @@ def _start(config: StageConfig, run: Path, fold: Fold, device: torch.device) -> 
         log.info("%s trains %s", config.name, describe_parameters(model))
         sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
         total, trained = sum(size for size, _ in sizes), sum(size for size, moves in sizes if moves)
-        log.info("\n".join(memory_table(total, trained, dist.get_world_size(), config.sharding, config.precision)))
+        log.info("\n".join(memory_table(total, trained, dist.get_world_size(), sharding_of(config), config.precision)))
     return TrainingState(config, fold, device, make_engine(model, fold, config), tokenizer)
 
 
@@ -209,18 +209,25 @@ def _run_steps(state: TrainingState, folder: Path, data: Path, profile: tuple[in
 
 def resume(engine: Engine, checkpoints: Checkpoints) -> Position:
     """Restores the newest checkpoint; where there is none, the start."""
-    state = engine.state()
-    if (position := checkpoints.load(state)) is None:
+    if not checkpoints.exist():  # the state of an engine is dear to ask for
         return Position()
+    state = engine.state()
+    position = checkpoints.load(state)
+    assert position is not None, "there was a checkpoint"
     engine.load_state(state)
     return position
 
 
 def _rehearse(state: TrainingState, folder: Path, root: Path) -> None:
-    """Reads the last checkpoint and the first step of every phase, and says what the stage would do."""
+    """Reads the first step of every phase, and says what the stage would do. The last checkpoint is looked at and not
+    loaded: loading tidies the folder, in which another run may be saving."""
     config = state.config
-    position = resume(state.engine, Checkpoints(folder / "checkpoints", config.checkpoints_kept))
-    log.info("%s: %d of %d steps are done", config.name, position.step, config.steps)
+    last = newest(folder / "checkpoints")
+    fault = find_fault(last) if last else None
+    done = read_position(last).step if last and not fault else 0
+    log.info("%s: %d of %d steps are done", config.name, done, config.steps)
+    if fault:
+        log.warning("%s: %s; the checkpoint before it would be used", last, fault)
     for phase in config.phases:
         feed = RowFeed(make_loader(state, phase.data, root), state.fold, phase.rows_per_step)
         batch = feed.next_step()

@@ -6,12 +6,22 @@ from dataclasses import replace
 from itertools import product
 from typing import Literal, get_args
 
-from longvila.config import ScopeName, ShardingConfig
+from longvila.config import ScopeName, ShardingConfig, StageConfig
 from longvila.errors import ConfigError
 from longvila.parallel.fold import check_sharding
 
 MASTER, MOMENTS, GRADIENT = 4, 8, 4
 """Bytes of a parameter: fp32 master weight, AdamW's two fp32 moments, fp32 gradient."""
+
+
+def sharding_of(config: StageConfig) -> ShardingConfig:
+    """The sharding of the engine that the configuration names: a stage of ZeRO is a choice among the same."""
+    return {
+        "fsdp2": config.sharding,
+        "zero1": ShardingConfig("world", "none", "none"),
+        "zero2": ShardingConfig("world", "none", "world"),
+        "zero3": ShardingConfig("world", "world", "world"),
+    }[config.engine]
 
 
 def state_bytes(

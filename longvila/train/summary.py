@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from longvila.config import PARTS, StageConfig
+from longvila.train.engine import whole_shape
 from longvila.train.metrics import read_jsonl
 
 
@@ -25,8 +26,8 @@ def write_summary(folder: Path, config: StageConfig, model: nn.Module, moved: di
     lines = read_jsonl(folder / "metrics.jsonl")
     counts = {
         part: {
-            "trained": sum(p.numel() for p in getattr(model, part).parameters() if p.requires_grad),
-            "total": sum(p.numel() for p in getattr(model, part).parameters()),
+            "trained": sum(whole_shape(p).numel() for p in getattr(model, part).parameters() if p.requires_grad),
+            "total": sum(whole_shape(p).numel() for p in getattr(model, part).parameters()),
         }
         for part in PARTS
     }
