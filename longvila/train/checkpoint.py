@@ -15,13 +15,10 @@ learning rate is a function of the step alone. The folder must be the same one f
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
 import pickle
 import platform
-import random
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -31,7 +28,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -43,6 +39,8 @@ from longvila import __version__
 from longvila.config import StageConfig
 from longvila.errors import ConfigError, LongvilaError
 from longvila.parallel.fold import world_timeout
+from longvila.train.manifest import describe, find_fault, flush_folder, write_file
+from longvila.train.randomness import random_state, restore_random_state, seed_anew
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +114,7 @@ class Checkpoints:
                 can no longer save should stop while its last checkpoint is young.
         """
         self._wait()
-        state = {**state, RANDOM: {str(self._rank): pickle.dumps(_random_state())}}
+        state = {**state, RANDOM: {str(self._rank): pickle.dumps(random_state())}}
         about = {
             "position": asdict(position),
             "world": self._world,
@@ -182,9 +180,9 @@ class Checkpoints:
             ) from error
         position = Position(**about["position"])
         if same_world:
-            _restore_random_state(pickle.loads(wanted[RANDOM][str(self._rank)]))
+            restore_random_state(pickle.loads(wanted[RANDOM][str(self._rank)]))
         else:
-            _seed_anew(about["config"]["seed"], position.step, self._rank)
+            seed_anew(about["config"]["seed"], position.step, self._rank)
             if self._rank == 0:
                 log.info(
                     "%s was saved by %d ranks and continues on %d: their random generators are seeded anew",
@@ -199,7 +197,7 @@ class Checkpoints:
             self._on_first(lambda: _make_empty(part))
             dcp.save(state, storage_writer=dcp.FileSystemWriter(part, sync_files=True), process_group=self._group)
             mine = f"__{self._rank}_*.distcp"
-            by_rank = self._on_all(lambda: {path.name: _describe(path) for path in part.glob(mine)})
+            by_rank = self._on_all(lambda: {path.name: describe(path) for path in part.glob(mine)})
             files = {name: file for rank in by_rank for name, file in rank.items()}
             self._on_first(lambda: self._complete(part, final, files, about))
         except (OSError, dcp.api.CheckpointException) as error:
@@ -210,15 +208,15 @@ class Checkpoints:
 
     def _complete(self, part: Path, final: Path, files: dict[str, Any], about: dict[str, Any]) -> None:
         """On the first rank, when all ranks have written: seals `part`, gives it its name, removes old ones."""
-        _write_file(part / "checkpoint.json", json.dumps(about, indent=2))
+        write_file(part / "checkpoint.json", json.dumps(about, indent=2))
         for name in (".metadata", "checkpoint.json"):
-            files[name] = _describe(part / name)
-        _write_file(part / "manifest.json", json.dumps({"files": files}, indent=2))
-        _flush_folder(part)
+            files[name] = describe(part / name)
+        write_file(part / "manifest.json", json.dumps({"files": files}, indent=2))
+        flush_folder(part)
         if final.exists():
             _set_aside(final)
         part.rename(final)
-        _flush_folder(self.folder)
+        flush_folder(self.folder)
         superseded = [bad for bad in _steps(self.folder, r"\.bad") if _number(bad) <= _number(final)]
         for old in [*_steps(self.folder)[: -self._keep], *superseded]:
             # Renamed first, so that one that is half removed is no checkpoint.
@@ -291,25 +289,6 @@ class Checkpoints:
         return first
 
 
-def find_fault(checkpoint: Path, rank: int = 0, ranks: int = 1) -> str | None:
-    """What is wrong with a checkpoint, as far as this rank's share of its files tells; None where nothing is."""
-    try:
-        files = json.loads((checkpoint / "manifest.json").read_text())["files"]
-        for name in sorted(files)[rank::ranks]:
-            size = (checkpoint / name).stat().st_size
-            if size != files[name]["bytes"]:
-                return f"{name} has {size} bytes, not {files[name]['bytes']}"
-            if _describe(checkpoint / name) != files[name]:
-                return f"{name} is corrupted (its SHA-256 is not that of the manifest)"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except OSError as error:
-        return str(error)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return "manifest.json is corrupted"
-    return None
-
-
 def read_position(checkpoint: Path) -> Position:
     """Where its run stood."""
     return Position(**json.loads((checkpoint / "checkpoint.json").read_text())["position"])
@@ -343,28 +322,7 @@ def _list_faults(faults: dict[Path, str]) -> str:
 def _make_empty(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    _flush_folder(folder.parent.parent)
-
-
-def _write_file(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _flush_folder(folder: Path) -> None:
-    """A new name is on the disk only when its folder is."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _describe(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    flush_folder(folder.parent.parent)
 
 
 def _tensors(state: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
@@ -399,28 +357,3 @@ def _versions() -> dict[str, str]:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
-
-
-def _random_state() -> dict[str, Any]:
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-    }
-
-
-def _restore_random_state(states: dict[str, Any]) -> None:
-    torch.set_rng_state(states["torch"])
-    if states["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-
-
-def _seed_anew(seed: int, step: int, rank: int) -> None:
-    """Another stream of random numbers for each rank, and for each step that a run is continued at."""
-    number = int.from_bytes(hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()[:4], "big")
-    torch.manual_seed(number)  # of the GPU too
-    random.seed(number)
-    np.random.seed(number)

@@ -25,8 +25,9 @@ from longvila.errors import ConfigError
 from longvila.model.build import load_model, save_language_model, save_model
 from longvila.model.vlm import LongVilaModel
 from longvila.train.card import model_card
-from longvila.train.checkpoint import find_fault, newest, read_position
+from longvila.train.checkpoint import newest, read_position
 from longvila.train.loop import assemble
+from longvila.train.manifest import find_fault
 from longvila.train.optimizer import phase_at
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -31,11 +31,12 @@ from longvila.parallel.lost import lost_ranks
 from longvila.shards.bad import BadSamples
 from longvila.shards.loader import RowLoader
 from longvila.train.anomaly import LossWatch
-from longvila.train.checkpoint import Checkpoints, Position, find_fault, newest, read_position
+from longvila.train.checkpoint import Checkpoints, Position, newest, read_position
 from longvila.train.engine import Engine, make_engine
 from longvila.train.feed import RowFeed
 from longvila.train.flops import peak_flops
 from longvila.train.interrupt import StopSignal
+from longvila.train.manifest import find_fault
 from longvila.train.memory import memory_table, sharding_of
 from longvila.train.metrics import Metrics, peak_memory, read_jsonl
 from longvila.train.optimizer import add_lora, choose_trained, freeze, learning_rate, phase_at

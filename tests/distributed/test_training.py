@@ -170,9 +170,9 @@ def test_too_many_skipped_steps_in_a_row_stop_every_rank_and_name_the_samples(bo
     assert "row8-0" in str(caught.value)
 
 
-def validate_rows():
+def validate_rows(engine="fsdp2", dtype=torch.float64):
     """Loss on rows that do not train, before and after a step on others, and again."""
-    state = make_state(ParallelConfig(inner=2))
+    state = make_state(ParallelConfig(inner=2), dtype, engine=engine)
     rows = make_rows(state.fold, range(20, 24))[state.fold.data_rank :: state.fold.num_data]
     loop.make_loader = lambda state, data, root: RowList(rows)
     validation = ValidationConfig(DataConfig(()), rows=4 // state.fold.num_data)
@@ -192,6 +192,15 @@ def test_validation_is_the_loss_of_one_process_and_moves_nothing(world):
         assert first == pytest.approx(expected, rel=1e-12)
         assert again == first != later
         assert untouched
+
+
+@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+def test_validation_is_the_same_under_deepspeed(engine):
+    pytest.importorskip("deepspeed")
+    (expected, _), _ = run_ranks(validate_rows, 2)
+    (found, untouched), _ = run_ranks(validate_rows, 2, engine, torch.float32)
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert untouched
 
 
 def test_rows_longer_than_the_context_are_refused_unless_a_phase_extends_it():

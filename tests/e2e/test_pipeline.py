@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -233,10 +234,26 @@ def test_a_dry_run_reads_models_and_data_and_writes_nothing(trained):
     assert not (trained / "dry").exists()
 
 
+def test_a_dry_run_beside_a_run_leaves_its_checkpoints_alone(trained):
+    stage = write_stage(trained, "beside")
+    options = [stage, "--run", trained, "--set", "parallel.inner=1"]
+    run("train", *options)
+    shutil.rmtree(trained / "beside" / "model")
+    folder = trained / "beside" / "checkpoints"
+    (folder / "step-000006.part").mkdir()
+    (folder / "step-000004" / "manifest.json").write_text("{")
+    before = sorted(path.name for path in folder.rglob("*"))
+    said = run("train", *options, "--dry-run").stderr
+    assert "manifest.json is corrupted; the checkpoint before it would be used" in " ".join(said.split())
+    assert sorted(path.name for path in folder.rglob("*")) == before
+
+
 def test_a_stage_under_deepspeed_ends_with_the_weights_of_fsdp2(trained):
     pytest.importorskip("deepspeed")
     stage = write_stage(trained, "zero", "align", '("language_model",)', "LoraConfig(2, 4)")
-    run("train", stage, "--run", trained, "--set", "engine=zero2", ranks=2)
+    run("train", stage, "--run", trained, "--set", "engine=zero3", ranks=2)
     expected, found = (load_file(trained / name / "model" / "model.safetensors") for name in ("tune", "zero"))
     assert found.keys() == expected.keys()
     assert max((found[name] - weight).abs().max().item() for name, weight in expected.items()) < 1e-5
+    sizes = [json.loads((trained / name / "summary.json").read_text())["parameters"] for name in ("tune", "zero")]
+    assert sizes[0] == sizes[1]

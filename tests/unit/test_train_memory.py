@@ -2,9 +2,10 @@
 
 import pytest
 
-from longvila.config import ShardingConfig
+from longvila.bench.engines import make_config
+from longvila.config import ParallelConfig, ShardingConfig
 from longvila.errors import ConfigError
-from longvila.train.memory import memory_table, state_bytes
+from longvila.train.memory import memory_table, sharding_of, state_bytes
 
 
 def test_everything_sharded_over_the_world():
@@ -37,3 +38,11 @@ def test_the_table_has_every_choice_and_marks_the_runs():
 def test_what_cannot_be_carried_out_is_refused(sharding, words):
     with pytest.raises(ConfigError, match=words):
         state_bytes(1, 1, 16, sharding, "fp32")
+
+
+@pytest.mark.parametrize(("engine", "share"), [("zero1", (4, 1)), ("zero2", (4, 4)), ("zero3", (4, 4))])
+def test_a_stage_of_zero_is_counted_as_the_sharding_it_is(engine, share):
+    sharding = sharding_of(make_config(ParallelConfig(), engine=engine))
+    found = state_bytes(4000, 4000, 4, sharding, "fp32")
+    assert (16_000 // found["masters"], 16_000 // found["gradients"]) == share
+    assert (found["gathered"] == 0) == (engine == "zero3")
