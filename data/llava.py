@@ -6,8 +6,7 @@
       "conversations": [{"from": "human", "value": "<image>\\nWhat are the colors of the bus?"},
                         {"from": "gpt", "value": "White and red."}]}, ...]
 
-A record names one `image` or one `video`, or neither (a text conversation). Records with several images are listed as
-bad: a sample has one medium.
+A record names an `image` or a `video`, several of either (a list), or neither (a text conversation).
 """
 
 from __future__ import annotations

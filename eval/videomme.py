@@ -28,6 +28,7 @@ from longvila.config import FrameSampling
 from longvila.errors import ConfigError
 from longvila.evaluate.films import derangement, film_refs, spread
 from longvila.evaluate.runner import FrameRef, Request
+from longvila.media import read_subtitles
 
 INSTRUCTION = (
     "Select the best answer to the following multiple-choice question based on the video. "
@@ -234,25 +235,8 @@ def _subtitles(path: Path, refs: Sequence[FrameRef]) -> list[str]:
     if not path.is_file():
         return []
     moments = [ref.seconds or 0.0 for ref in refs]
-    text = path.read_text(encoding="utf-8-sig", errors="replace").replace("\r\n", "\n")
-    shown = []
-    for begin, end, line in parse_srt(text):
-        if any(begin <= moment < end for moment in moments):
-            shown.append(line)
+    shown = [each.line for each in read_subtitles(path) if any(each.begin <= moment < each.end for moment in moments)]
     return list(dict.fromkeys(shown))
-
-
-def parse_srt(text: str) -> list[tuple[float, float, str]]:
-    """(begin, end, line) of each subtitle, in seconds; mark-up removed."""
-    clock = r"(\d+):(\d+):(\d+)[,.](\d+)"
-    entries = []
-    for match in re.finditer(rf"{clock}\s*-->\s*{clock}[^\n]*\n(.*?)(?:\n\s*\n|\Z)", text, flags=re.DOTALL):
-        numbers = [int(number) for number in match.groups()[:8]]
-        begin, end = (3600 * h + 60 * m + s + ms / 1000 for h, m, s, ms in (numbers[:4], numbers[4:]))
-        line = re.sub(r"<[^>]*>", "", match.group(9)).replace("\n", " ").strip()
-        if line:
-            entries.append((begin, end, line))
-    return entries
 
 
 def _examples(requests: Sequence[Request], responses: Mapping[str, str | None]) -> list[dict[str, Any]]:

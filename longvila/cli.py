@@ -10,7 +10,9 @@ import functools
 import inspect
 import json
 import logging
+import multiprocessing
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +23,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from longvila import content
-from longvila.errors import ConfigError, LongvilaError
+from longvila.errors import ConfigError, DataError, LongvilaError
 
 app = typer.Typer(
     name="longvila",
@@ -35,6 +37,8 @@ benches = typer.Typer(
     help="Measure what is promised: tables, JSON, and bars that fail the command where missed.", no_args_is_help=True
 )
 app.add_typer(benches, name="bench")
+shards = typer.Typer(help="Look after shards.", no_args_is_help=True)
+app.add_typer(shards, name="data")
 output = Console(soft_wrap=True)
 errors = Console(stderr=True, soft_wrap=True)
 
@@ -124,8 +128,18 @@ def pack(
         bool, typer.Option("--evaluation", is_eager=True, help="Write the source's evaluation files instead.")
     ] = False,
     samples_per_shard: Annotated[int, typer.Option(min=1, help="Samples in one tar at most.")] = 500,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Processes that probe and encode; all cores if not given.")
+    ] = None,
+    height: Annotated[int | None, typer.Option(min=16, help="Encode videos to at most so many lines.")] = None,
+    fps: Annotated[
+        float | None, typer.Option(min=0.01, help="Encode videos to at most so many frames a second.")
+    ] = None,
+    key_frames: Annotated[
+        float | None, typer.Option(min=0.01, help="Encode videos with a key frame every so many seconds (else 2).")
+    ] = None,
 ) -> None:
-    """Turn a data source into webdataset shards."""
+    """Turn a data source into webdataset shards. A pack that was interrupted goes on where it stood."""
     function = content.entry("data", source, "evaluation" if evaluation else None)
     values = content.options(function, option or [])
     if evaluation:
@@ -134,16 +148,74 @@ def pack(
         return
     from rich.progress import track
 
+    from longvila.media import Encoding
     from longvila.shards.write import write_shards
 
+    encoding = None
+    if (height, fps, key_frames) != (None, None, None):
+        encoding = Encoding(height, fps, key_frames or Encoding.key_frames)
     samples = track(function(**values), description=f"packing {source}", total=None, console=errors, transient=True)
-    report = write_shards(samples, out, max_samples=samples_per_shard)
+    origin = " ".join([source, *(f"{name}={value}" for name, value in sorted(values.items()))])
+    cores = len(os.sched_getaffinity(0)) if workers is None else workers
+    report = write_shards(samples, out, samples_per_shard, encoding=encoding, workers=cores, origin=origin)
     output.print(
         f"{report.samples} samples ({report.videos} videos of {report.seconds:.0f} s in all, {report.images} images, "
         f"{report.texts} texts) in {len(report.shards)} shards below {out}"
     )
     if report.bad:
         output.print(f"{len(report.bad)} could not be used: {out / 'bad.jsonl'}")
+
+
+@functools.partial(verb, of=shards)
+def check(
+    folder: Annotated[Path, typer.Argument(help="A folder of shards.")],
+    quick: Annotated[bool, typer.Option("--quick", help="Open no video and no image.")] = False,
+) -> None:
+    """Verify shards: checksums, samples, media, keys, and that none is missing; fails where anything is wrong."""
+    from longvila.shards.check import check_shards
+
+    report = check_shards(folder, decode=not quick)
+    for where, what in report.faults:
+        output.print(f"{where}: {what}", markup=False)
+    output.print(f"{report.samples} samples in {report.shards} shards, {report.seconds:.0f} s of video")
+    if report.without_index:
+        output.print(f"{report.without_index} shards have no index beside them: their bytes could not be compared")
+    if report.faults:
+        raise DataError(f"{len(report.faults)} faults in {folder}")
+
+
+@functools.partial(verb, of=shards)
+def show(
+    folder: Annotated[Path, typer.Argument(help="A folder of shards.")],
+    model: Annotated[str, typer.Option(help="A language model or a finished stage, for its tokenizer.")],
+    out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("sheet.html"),
+    rows: Annotated[int, typer.Option(help="Rows to show.")] = 4,
+    row_tokens: Annotated[int, typer.Option(help="Tokens of a row.")] = 4096,
+    tokens_per_frame: Annotated[int, typer.Option(help="What the model makes of one frame.")] = 196,
+    image_size: Annotated[int, typer.Option(help="Height and width of the frames.")] = 384,
+    frames: Annotated[int, typer.Option(help="Frames of a video, at most.")] = 8,
+    fps: Annotated[float, typer.Option(help="Frames per second of video.")] = 1.0,
+) -> None:
+    """Write a contact sheet of packed rows as a model will see them: frames, tokens, and which are targets."""
+    from longvila.config import DataConfig, FrameSampling, SourceConfig
+    from longvila.train.sheet import write_sheet
+
+    source = (SourceConfig(str(folder.absolute())),)
+    data = DataConfig(source, FrameSampling("fps", frames, fps), row_tokens=row_tokens, max_bad_share=1.0)
+    shown, documents = write_sheet(out, data, folder, model, tokens_per_frame, image_size, rows)
+    output.print(f"{documents} documents in {shown} rows: {out}")
+
+
+@functools.partial(verb, of=shards)
+def index(folder: Annotated[Path, typer.Argument(help="A folder of shards.")]) -> None:
+    """Write the index that each shard lacks, so that training can go on anywhere, on any number of ranks."""
+    from longvila.shards.index import index_path, write_index
+    from longvila.shards.stream import list_shards
+
+    written = [shard for shard in list_shards(str(folder), Path()) if not index_path(shard).exists()]
+    for shard in written:
+        write_index(shard)
+    output.print(f"{len(written)} indexes written in {folder}")
 
 
 @verb
@@ -310,6 +382,17 @@ def faults(
 
 
 @functools.partial(verb, of=benches)
+def data_(
+    json_: Annotated[Path | None, typer.Option("--json", help="The file to write.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="About a minute: fewer films, faults and samples.")] = False,
+) -> None:
+    """The data path: decoding, shares, packing, resuming, damage and memory, beside webdataset as it comes."""
+    from longvila.bench.data import run
+
+    _report(run(quick, _print_table), json_)
+
+
+@functools.partial(verb, of=benches)
 def train_(
     json_: Annotated[Path | None, typer.Option("--json", help="The file to write.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="About two minutes: short rows, no search.")] = False,
@@ -383,7 +466,20 @@ def _print_bars(figures: dict[str, Any]) -> None:
 
 def main() -> None:
     """Entry point of the `longvila` command."""
-    app()
+    try:
+        app()
+    except SystemExit as end:
+        distributed = sys.modules.get("torch.distributed")
+        if distributed is None or not distributed.is_initialized():
+            raise
+        # Process groups have threads. Taken apart by an interpreter that ends, they now and then abort the process, and
+        # an exit status of their own hides the command's. So it ends at once, with nothing of its own left behind.
+        for child in multiprocessing.active_children():
+            child.terminate()
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(end.code if isinstance(end.code, int) else int(end.code is not None))
 
 
 if __name__ == "__main__":

@@ -41,9 +41,14 @@ class SourceConfig:
     """One stream of samples inside a mixture."""
 
     shards: str
-    """A folder of webdataset tars, or a brace pattern; relative paths are below the data root of the run."""
+    """A folder of webdataset tars, or a brace pattern of tars or their URLs; relative paths are below the data root of
+    the run."""
     weight: float = 1.0
-    """Relative chance that the next sample comes from here, while this source lasts."""
+    """Relative rate at which samples come from here, while this source lasts (see `DataConfig.weigh`)."""
+    repeat: float = 1.0
+    """How often its samples come in an epoch: 2 is twice each, 0.5 half of them, chosen anew each time."""
+    limit: int | None = None
+    """Samples from here in an epoch, at most."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +59,22 @@ class DataConfig:
     frames: FrameSampling = FrameSampling()
     row_tokens: int = 4096
     """Token budget of one packed row (one row per sequence group and micro-batch)."""
-    shuffle_buffer: int = 256
-    """Samples held for shuffling on each data rank."""
+    window: int = 4096
+    """Samples shuffled and packed together. (Without an index: shuffled, and at most 256 of them.)"""
+    weigh: Literal["samples", "tokens"] = "samples"
+    """What the weights of the sources share out."""
     workers: int = 0
-    """Loader processes of each rank; 0 decodes in the training process."""
+    """Decoding processes of each rank; 0 decodes in the training process, which a broken decoder can then take down."""
+    prefetch: int = 2
+    """Rows that the decoding processes work on ahead of the one in use."""
+    decode_timeout: float = 600.0
+    """Seconds after which the decoding of one video counts as hung, and the video is dropped."""
+    cache: str | None = None
+    """The folder for copies of shards named by URL; by default below `~/.cache/longvila`."""
+    cache_gib: float | None = None
+    """GiB of such copies, past which those used longest ago are removed."""
+    allow_pipes: bool = False
+    """Sources may be commands that write a tar (`pipe:COMMAND`)."""
     max_bad_share: float = 0.05
     """The run stops when more than this share of the samples read (after the first 100) could not be used."""
 

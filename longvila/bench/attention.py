@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from longvila.bench import balance, exact, kept, peers, steps, volume
+from longvila.bench.bars import at_most
 from longvila.config import LayoutName
 from longvila.parallel.blocks import Mask
 from longvila.parallel.choose import LAYOUTS
@@ -72,25 +73,20 @@ def _bars(
     policies: Rows,
     peer_time: float | None,
 ) -> list[dict[str, Any]]:
-    bars = [_at_most("exact_max_error", max(row["error"] for row in errors), EXACT)]
+    bars = [at_most("exact_max_error", max(row["error"] for row in errors), EXACT)]
     for parts in (4, 8):
         rows = [row for row in balances if row["layout"] == "joint" and row["parts"] == parts]
         worst = max(max(row["work"], row["makespan"]) for row in rows)
         shares = [row["key_share"] for row in rows]
-        bars.append(_at_most(f"joint_imbalance_p{parts}", worst, IMBALANCE))
-        bar = _at_most(f"joint_bytes_p{parts}", sum(shares) / len(shares), BYTES)
+        bars.append(at_most(f"joint_imbalance_p{parts}", worst, IMBALANCE))
+        bar = at_most(f"joint_bytes_p{parts}", sum(shares) / len(shares), BYTES)
         bars.append({**bar, "holds": bar["holds"] and max(shares) <= BYTES_OF_A_MIX})
-    bars.append(_at_most("bytes_mismatch", sum(abs(row["counted"] - row["formula"]) for row in volumes), 0))
+    bars.append(at_most("bytes_mismatch", sum(abs(row["counted"] - row["formula"]) for row in volumes), 0))
     near = abs(ratio - LIGHTSEQ) <= LIGHTSEQ_MARGIN
     bound = f"{LIGHTSEQ} +- {LIGHTSEQ_MARGIN}"
     bars.append({"name": "lightseq_volume_ratio", "value": ratio, "bound": bound, "holds": near})
-    bars += [_at_most(f"time_ratio_error_p{one.parts}", one.error, TIME_ERROR) for one in times]
+    bars += [at_most(f"time_ratio_error_p{one.parts}", one.error, TIME_ERROR) for one in times]
     kept_forwards = [row["forwards"] for row in policies if row["policy"] in ("save_attention", "offload_attention")]
-    bars.append(_at_most("attention_forwards_per_layer", max(kept_forwards), 1))
-    bars.append(_at_most("peer_time_ratio", peer_time, PEER_TIME))
+    bars.append(at_most("attention_forwards_per_layer", max(kept_forwards), 1))
+    bars.append(at_most("peer_time_ratio", peer_time, PEER_TIME))
     return bars
-
-
-def _at_most(name: str, value: float | None, bound: float) -> dict[str, Any]:
-    """A figure that is absent makes its bar fail: nothing is assumed."""
-    return {"name": name, "value": value, "bound": bound, "holds": value is not None and value <= bound}

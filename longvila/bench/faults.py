@@ -204,7 +204,7 @@ class Bench:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._references: dict[tuple[str, tuple[int, ...]], dict[str, torch.Tensor]] = {}
-        films = 12
+        films = 16  # four rows of four: each of two data ranks has one in every step
         write_films(root / "data" / "films", films, shards=2)
         write_models(root / "models", [QUESTION, *(f"a film, number {number}" for number in range(films))])
         (root / "faulty.py").write_text(STAGE)

@@ -90,15 +90,15 @@ class Injected:
         """The loader cannot read on."""
 
         def around(real: Callable[..., Any]) -> Callable[..., Any]:
-            def build(*args: Any) -> Any:
+            def start(*args: Any) -> Any:
                 if self.step + 1 in self.steps:
                     self.note()
                     raise OSError(errno.EIO, "Input/output error", "/films")
                 return real(*args)
 
-            return build
+            return start
 
-        _wrap(RowLoader, "build", around)
+        _wrap(RowLoader, "_start", around)
 
     def lost_shards(self) -> None:
         """This rank sees shards that the other does not: it cannot open the first."""

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from longvila.bench import engines
+from longvila.bench.bars import at_least, at_most
 from longvila.bench.cell import GIB, Cell, Limits, Result, TextModel, run_cell
 from longvila.bench.longest import find_longest
 
@@ -177,9 +178,9 @@ def engine_bars(rows: Rows) -> list[dict[str, Any]]:
         ("engines_first_gradient_error", "first_gradient_error", engines.FIRST_GRADIENT),
     ):
         errors = [row[key] for row in right]
-        bars.append(_bar(name, None if None in errors else max(errors), bound, "at most"))
+        bars.append(at_most(name, None if None in errors else max(errors), bound))
     caught = int(bool(halved) and not any(row["within"] for row in halved))
-    return [*bars, _bar("halved_gradients_caught", caught, 1, "at least")]
+    return [*bars, at_least("halved_gradients_caught", caught, 1)]
 
 
 def time_bar(lengths: Rows, gradients: Rows) -> dict[str, Any]:
@@ -188,14 +189,14 @@ def time_bar(lengths: Rows, gradients: Rows) -> dict[str, Any]:
     at = {row["contender"]: row["cpu_us_per_token"] for row in lengths if row["tokens_per_step"] == LENGTHS[0]}
     peers = [at[name] for name in (TRAINER, ALST) if name in exact and at.get(name) is not None]
     value = at[OURS] / min(peers) if peers and at.get(OURS) is not None else None
-    return _bar("time_per_token_vs_trainer_8k", value, TIME, "at most")
+    return at_most("time_per_token_vs_trainer_8k", value, TIME)
 
 
 def memory_bar(wordy: Rows) -> dict[str, Any]:
     """Peak of both ranks over Trainer's. A contender that was ended has no peak to compare."""
     peaks = {row["contender"]: row["peak_mib_of_all_ranks"] for row in wordy if not row["why_not"]}
     value = peaks[OURS] / peaks[TRAINER] if OURS in peaks and TRAINER in peaks else None
-    return _bar("peak_memory_vs_trainer", value, MEMORY, "at most")
+    return at_most("peak_memory_vs_trainer", value, MEMORY)
 
 
 def context_bars(context: Rows) -> list[dict[str, Any]]:
@@ -206,7 +207,7 @@ def context_bars(context: Rows) -> list[dict[str, Any]]:
     for name, peer, bound in (("trainer", TRAINER, CONTEXT_TRAINER), ("alst", ALST, CONTEXT_ALST)):
         known = rows[peer]["longest"] and rows[peer]["too_long"] is not None
         value = rows[OURS]["longest"] / rows[peer]["longest"] if known else None
-        bars.append(_bar(f"context_ratio_vs_{name}", value, bound, "at least"))
+        bars.append(at_least(f"context_ratio_vs_{name}", value, bound))
     return bars
 
 
@@ -239,10 +240,4 @@ def _worst(gradients: dict[str, Tensor], reference: dict[str, Tensor]) -> tuple[
 
 
 def _gradient_bar(gradients: Rows) -> dict[str, Any]:
-    return _bar("first_step_gradient_error", gradients[0]["error"], GRADIENT, "at most")
-
-
-def _bar(name: str, value: float | None, bound: float, kind: str) -> dict[str, Any]:
-    """A figure that is absent makes its bar fail: nothing is assumed."""
-    holds = value is not None and (value <= bound if kind == "at most" else value >= bound)
-    return {"name": name, "value": value, "bound": bound, "holds": holds}
+    return at_most("first_step_gradient_error", gradients[0]["error"], GRADIENT)

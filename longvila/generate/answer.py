@@ -79,7 +79,7 @@ class Answerer:
         """
         tokens = self.encode(frames) if frames.dtype == torch.uint8 else frames
         messages = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]}]
-        ids = encode_prompt(self.tokenizer, messages, *tokens.shape[:2])
+        ids = encode_prompt(self.tokenizer, messages, [tokens.shape[0]], tokens.shape[1])
         self._check_length(len(ids), max_new_tokens, *tokens.shape[:2])
         answer: list[int] = []
         text = shown = ""

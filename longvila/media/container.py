@@ -8,8 +8,10 @@ from __future__ import annotations
 import io
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import av
 from av.container import InputContainer
@@ -25,8 +27,71 @@ LAST_FRAME_SECONDS = 1.0
 """How long the last frame stands, at most, where the file does not say."""
 
 
+@dataclass(frozen=True)
+class FileRange:
+    """A file inside a file: `size` bytes of `path` from `offset` on, as a member lies in a tar. Nothing is copied."""
+
+    path: Path
+    offset: int
+    size: int
+
+    def open(self) -> BinaryIO:
+        """A stream over the range alone. Raises OSError as opening the file does."""
+        return io.BufferedReader(_RangeReader(self))  # type: ignore[return-value]
+
+    def read(self) -> bytes:
+        """The whole range, shorter where the file ends before it. Raises OSError as reading the file does."""
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+
+Media = bytes | Path | FileRange
+"""An encoded video or image."""
+
+
+def open_media(media: Media) -> BinaryIO:
+    """A stream of the encoded bytes. Raises OSError."""
+    return (
+        io.BytesIO(media) if isinstance(media, bytes) else media.open("rb") if isinstance(media, Path) else media.open()
+    )
+
+
+def _size(media: Media) -> int:
+    return (
+        media.stat().st_size if isinstance(media, Path) else media.size if isinstance(media, FileRange) else len(media)
+    )
+
+
+class _RangeReader(io.RawIOBase):
+    def __init__(self, place: FileRange) -> None:
+        self.place, self.position = place, 0
+        self.file = place.path.open("rb", buffering=0)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.position = max(0, offset + (0, self.position, self.place.size)[whence])
+        return self.position
+
+    def readinto(self, buffer: bytearray) -> int:  # type: ignore[override]
+        left = max(0, self.place.size - self.position)
+        self.file.seek(self.place.offset + self.position)
+        count = self.file.readinto(memoryview(buffer)[:left]) or 0
+        self.position += count
+        return count
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+
 @contextmanager
-def open_video(media: bytes | Path, name: str) -> Iterator[tuple[InputContainer, VideoStream]]:
+def open_video(media: Media, name: str) -> Iterator[tuple[InputContainer, VideoStream]]:
     """Opens the first real video stream of `media` (a cover picture is not one), decoding on one thread.
 
     One thread: loaders already run one process per core. The container is closed on leaving; one left open would
@@ -38,11 +103,13 @@ def open_video(media: bytes | Path, name: str) -> Iterator[tuple[InputContainer,
     """
     if isinstance(media, Path) and not media.is_file():
         raise MediaError(f"{name}: no such file: {media}")
-    if not (media.stat().st_size if isinstance(media, Path) else len(media)):
+    if not _size(media):
         raise MediaError(f"{name}: the file is empty (0 bytes)")
-    source = str(media.resolve()) if isinstance(media, Path) else io.BytesIO(media)
     try:
-        with av.open(source, "r", metadata_errors="replace") as container:
+        with (
+            nullcontext(str(media.resolve())) if isinstance(media, Path) else open_media(media) as source,
+            av.open(source, "r", metadata_errors="replace") as container,
+        ):
             videos = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
             if not videos:
                 kinds = sorted({stream.type for stream in container.streams})

@@ -10,58 +10,105 @@ ahead from which the wanted frame can be reached: then it jumps there.
 
 from __future__ import annotations
 
-import io
+import weakref
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from av.container import InputContainer
+from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.reformatter import Interpolation, VideoReformatter
 from av.video.stream import VideoStream
 from PIL import Image, ImageOps
 
 from longvila.errors import MediaError
-from longvila.media.container import LAST_FRAME_SECONDS, decode_packets, open_video, read_packets, ticks_per_second
+from longvila.media.container import (
+    LAST_FRAME_SECONDS,
+    Media,
+    decode_packets,
+    open_media,
+    open_video,
+    read_packets,
+    ticks_per_second,
+)
 
 SEEK_GAIN = 0.5
 """Seconds of video that a jump must save: after one, the decoder has to fill its reordering queue again."""
 
 
-def decode_frames(media: bytes | Path, timestamps: Sequence[float], size: int, name: str) -> torch.Tensor:
+def decode_frames(
+    media: Media, timestamps: Sequence[float], size: int, name: str, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """Decodes the frames shown at `timestamps` (seconds of video time, in any order).
 
+    Args:
+        out: where they go, uint8 (len(timestamps), 3, size, size); `empty_frames` without.
+
     Returns:
-        uint8 (len(timestamps), 3, size, size), RGB, turned upright by the file's rotation.
+        `out`: RGB, turned upright by the file's rotation.
 
     Raises:
         MediaError: naming `name`: not a readable video, a wanted frame is damaged, or a time lies past the end.
     """
-    pixels = np.empty((len(timestamps), size, size, 3), dtype=np.uint8)
+    out = empty_frames(len(timestamps), size) if out is None else out
     if len(timestamps):
+        pixels = out.permute(0, 2, 3, 1).numpy()
         order = sorted(range(len(timestamps)), key=timestamps.__getitem__)
         with open_video(media, name) as (container, stream):
             picture = _Picture(size)
             frames = _frames_at(container, stream, [timestamps[i] for i in order], name)
             for position, frame in zip(order, frames, strict=True):
                 pixels[position] = picture.of(frame)
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+    return out
 
 
-def decode_image(data: bytes | Path, size: int, name: str) -> torch.Tensor:
-    """Decodes a still image (any format Pillow reads) to uint8 (3, size, size), RGB, upright.
+def decode_image(media: Media, size: int, name: str, out: torch.Tensor | None = None) -> torch.Tensor:
+    """Decodes a still image (any format Pillow reads).
+
+    Args:
+        out: where it goes, uint8 (3, size, size); one of `empty_frames` without.
+
+    Returns:
+        `out`: RGB, upright.
 
     Raises:
         MediaError: naming `name`, when the data are not an image or are cut short.
     """
+    out = empty_frames(1, size)[0] if out is None else out
     try:
-        with Image.open(data if isinstance(data, Path) else io.BytesIO(data)) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-            pixels = np.array(upright.resize((size, size), Image.Resampling.BICUBIC))
+        with open_media(media) as source, Image.open(source) as image:
+            ImageOps.exif_transpose(image, in_place=True)
+            colours = image if image.mode == "RGB" else image.convert("RGB")  # which would copy what is RGB already
+            out.permute(1, 2, 0).numpy()[...] = colours.resize((size, size), Image.Resampling.BICUBIC)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise MediaError(f"{name}: cannot be read as an image ({error})") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+    return out
+
+
+def empty_frames(count: int, size: int) -> torch.Tensor:
+    """Room for frames, uint8 (count, 3, size, size), a pixel's channels side by side as decoders leave them."""
+    return torch.from_numpy(np.empty((count, size, size, 3), dtype=np.uint8)).permute(0, 3, 1, 2)
+
+
+class FrameMemory:
+    """Room for one set of frames after another, in the memory of those that are gone.
+
+    A page that the system has yet to find and clear costs up to as much as writing the pixels.
+    """
+
+    def __init__(self, image_size: int) -> None:
+        self.image_size = image_size
+        self._free: list[np.ndarray] = []
+
+    def take(self, count: int) -> torch.Tensor:
+        """As `empty_frames`; the memory comes back when no tensor uses it any more."""
+        memory = self._free.pop() if self._free else None
+        if memory is None or len(memory) < count:
+            memory = np.empty((count, self.image_size, self.image_size, 3), dtype=np.uint8)
+        frames = memory[:count]
+        weakref.finalize(frames, self._free.append, memory).atexit = False
+        return torch.from_numpy(frames).permute(0, 3, 1, 2)
 
 
 class _Picture:
@@ -115,6 +162,8 @@ class _Reader:
         self.second = ticks_per_second(stream)
         self.damaged: list[int] = []
         """Times of the damaged frames met so far."""
+        self.delay: int | None = None
+        """By how much the first key frame is presented after it is decoded. Indexes count in either time."""
         if "matroska" in container.format.name:
             container.seek(0)  # its index is only read at the first seek
         self.frames = self._decode()
@@ -126,7 +175,13 @@ class _Reader:
         self.following = next(self.frames, None)
 
     def _decode(self) -> Iterator[tuple[int, VideoFrame]]:
-        return decode_packets(read_packets(self.container, self.stream), self.container, self.damaged)
+        return decode_packets(self._packets(), self.container, self.damaged)
+
+    def _packets(self) -> Iterator[Packet[VideoStream]]:
+        for packet in read_packets(self.container, self.stream):
+            if self.delay is None and packet.pts is not None and packet.dts is not None:
+                self.delay = packet.pts - packet.dts
+            yield packet
 
     def advance(self, target: int) -> None:
         """Moves until `current` is the last frame that begins at or before `target`."""
@@ -145,14 +200,16 @@ class _Reader:
         """Seeks to the last key frame from which `target` can be reached, where that saves decoding."""
         worth = self.current[0] + SEEK_GAIN * self.second
         index = self.stream.index_entries
-        limit = target
-        while (entry := index.search_timestamp(limit)) >= 0 and index[entry].timestamp > worth:
-            self._seek(index[entry].timestamp)
+        # MP4's index holds decoding times, and is sought in by presentation times, which are later.
+        delay = self.delay or 0 if "mp4" in self.container.format.name else 0
+        limit = target - delay
+        while (entry := index.search_timestamp(limit)) >= 0 and index[entry].timestamp + delay > worth:
+            self._seek(index[entry].timestamp + delay)
             if self.start <= self.current[0] <= target:
                 return
-            # The index may hold decoding times, which run ahead of presentation: this jump landed past the target.
+            # The index may hold decoding times all the same: this jump landed past the target.
             limit = index[entry].timestamp - 1
-        if limit != target:
+        if limit != target - delay:
             self._seek(self.start)
 
     def _seek(self, timestamp: int) -> None:

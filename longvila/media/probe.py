@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from longvila.errors import MediaError
-from longvila.media.container import LAST_FRAME_SECONDS, decode_packets, open_video, read_packets, ticks_per_second
+from longvila.media.container import (
+    LAST_FRAME_SECONDS,
+    Media,
+    decode_packets,
+    open_video,
+    read_packets,
+    ticks_per_second,
+)
 
 
 @dataclass(frozen=True)
@@ -27,11 +33,11 @@ class VideoInfo:
     """Degrees, counter-clockwise, by which a player turns the stored frames: 0, 90, 180 or 270."""
 
 
-def probe(media: bytes | Path, name: str) -> VideoInfo:
+def probe(media: Media, name: str) -> VideoInfo:
     """Reads every packet of the video and decodes one frame.
 
     Args:
-        media: the file, or its bytes.
+        media: the file, its bytes, or the place where it lies in another file.
         name: what to call it in errors.
 
     Raises:

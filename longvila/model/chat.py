@@ -7,8 +7,12 @@ writes. Labels here are not shifted.
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from typing import Any
 
+import tokenizers
+import transformers
 from transformers import PreTrainedTokenizerBase
 
 from longvila.errors import ConfigError, DataError
@@ -37,18 +41,45 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.get_vocab()[FRAME_TOKEN]
 
 
+class ChatEncoder:
+    """Conversations and texts to token ids and labels, for one tokenizer and one number of tokens a frame."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, tokens_per_frame: int) -> None:
+        self.frame_token = prepare_tokenizer(tokenizer)
+        self.tokens_per_frame = tokens_per_frame
+        self._tokenizer = tokenizer
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of all that decides the tokens of a sample."""
+        tokenizer = self._tokenizer
+        backend: Any = tokenizer.backend_tokenizer  # pyright: ignore
+        parts = (
+            backend.to_str(), tokenizer.chat_template, str(tokenizer.special_tokens_map),
+            self.tokens_per_frame, transformers.__version__, tokenizers.__version__,
+        )  # fmt: skip
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    def __call__(self, messages: Messages, text: str | None, frames: Sequence[int]) -> tuple[list[int], list[int]]:
+        """See `encode_messages`; without messages, `encode_text`."""
+        if messages:
+            return encode_messages(self._tokenizer, messages, frames, self.tokens_per_frame)
+        return encode_text(self._tokenizer, text or "")
+
+
 def encode_messages(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, num_frames: int, tokens_per_frame: int
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, frames: Sequence[int], tokens_per_frame: int
 ) -> tuple[list[int], list[int]]:
     """Token ids of a conversation, and labels (the same ids inside the answers, -100 elsewhere; not shifted).
 
-    An answer ends with what the template puts behind it (its end-of-turn token), without trailing white space.
+    `frames` says how many frames each video or image has that the messages mark, in order. An answer ends with what
+    the template puts behind it (its end-of-turn token), without trailing white space.
 
     Raises:
-        DataError: a message that cannot be rendered, or frames without exactly one place for them.
+        DataError: a message that cannot be rendered, or places for media other than `frames` says.
         ConfigError: the template rewrites earlier messages when later ones arrive.
     """
-    messages = _flatten(messages, num_frames)
+    messages = _flatten(messages, len(frames))
     text = _render(tokenizer, messages)
     answers = _answer_spans(tokenizer, messages, text)
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -56,16 +87,16 @@ def encode_messages(
         token if any(start <= offset[0] < end for start, end in answers) else IGNORE
         for token, offset in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
     ]
-    return _expand(tokenizer, encoding["input_ids"], labels, num_frames * tokens_per_frame)
+    return _expand(tokenizer, encoding["input_ids"], labels, [count * tokens_per_frame for count in frames])
 
 
 def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, num_frames: int, tokens_per_frame: int
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, frames: Sequence[int], tokens_per_frame: int
 ) -> list[int]:
-    """Token ids of a conversation up to where the assistant's next answer begins."""
-    text = _render(tokenizer, _flatten(messages, num_frames), add_generation_prompt=True)
+    """Token ids of a conversation up to where the assistant's next answer begins; `frames` as in `encode_messages`."""
+    text = _render(tokenizer, _flatten(messages, len(frames)), add_generation_prompt=True)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return _expand(tokenizer, ids, ids, num_frames * tokens_per_frame)[0]
+    return _expand(tokenizer, ids, ids, [count * tokens_per_frame for count in frames])[0]
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:
@@ -78,8 +109,8 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int
     return ids, list(ids)
 
 
-def _flatten(messages: Messages, num_frames: int) -> Messages:
-    """Messages whose content is plain text, with one FRAME_TOKEN where the media part was."""
+def _flatten(messages: Messages, expected: int) -> Messages:
+    """Messages whose content is plain text, with one FRAME_TOKEN where each media part was."""
     num_media = 0
     flat = []
     for message in messages:
@@ -97,8 +128,8 @@ def _flatten(messages: Messages, num_frames: int) -> Messages:
             else:
                 raise DataError(f"a message part has the type {part['type']!r}; known are text, video and image")
         flat.append({**message, "content": "\n".join(lines)})
-    if num_media != (num_frames > 0):
-        raise DataError(f"the messages have {num_media} video or image parts for {num_frames} frames; one is needed")
+    if num_media != expected:
+        raise DataError(f"the messages have {num_media} video or image parts for {expected} videos and images")
     return flat
 
 
@@ -116,7 +147,7 @@ def _answer_spans(tokenizer: PreTrainedTokenizerBase, messages: Messages, text: 
         if message["role"] != "assistant":
             continue
         before = _render(tokenizer, messages[:index], add_generation_prompt=True)
-        through = _render(tokenizer, messages[: index + 1])
+        through = text if index + 1 == len(messages) else _render(tokenizer, messages[: index + 1])
         if not (through.startswith(before) and text.startswith(through)):
             raise ConfigError(
                 f"the chat template of {tokenizer.name_or_path} rewrites earlier messages (message {index} reads "
@@ -128,14 +159,14 @@ def _answer_spans(tokenizer: PreTrainedTokenizerBase, messages: Messages, text: 
 
 
 def _expand(
-    tokenizer: PreTrainedTokenizerBase, ids: list[int], labels: list[int], count: int
+    tokenizer: PreTrainedTokenizerBase, ids: list[int], labels: list[int], counts: Sequence[int]
 ) -> tuple[list[int], list[int]]:
-    """Repeats the one frame placeholder `count` times."""
-    frame_id = tokenizer.convert_tokens_to_ids(FRAME_TOKEN)
-    if frame_id not in ids:
-        return list(ids), list(labels)
-    at = ids.index(frame_id)
-    return (
-        [*ids[:at], *[frame_id] * count, *ids[at + 1 :]],
-        [*labels[:at], *[IGNORE] * count, *labels[at + 1 :]],
-    )
+    """Repeats each frame placeholder as often as `counts` says."""
+    frame_id: Any = tokenizer.convert_tokens_to_ids(FRAME_TOKEN)
+    ids_, labels_, start = [], [], 0
+    for count in counts:
+        at = ids.index(frame_id, start)
+        ids_ += [*ids[start:at], *[frame_id] * count]
+        labels_ += [*labels[start:at], *[IGNORE] * count]
+        start = at + 1
+    return [*ids_, *ids[start:]], [*labels_, *labels[start:]]

@@ -2,7 +2,7 @@
 
 Each step opens with one small gather. From it every rank knows which ranks have a row, which hit an error, whether the
 ranks of a sequence group read the same row, which documents any of them could not decode, and the global count of
-target tokens by which the loss is divided.
+target tokens by which the loss is divided, and that all data ranks follow one plan.
 """
 
 from __future__ import annotations
@@ -27,9 +27,13 @@ class RowView:
     """What one rank has to say about one row of a step."""
 
     digest: int
-    """`row_digest` of the row; 0 where this rank's data has ended."""
+    """`row_digest` of the row's shape; 0 where this rank's data has ended."""
+    content: int = 0
+    """A checksum of its tokens; not compared where a document failed."""
+    plan: int = 0
+    """`row_digest` of what all data ranks read together; 0 where that is not planned."""
     failed: tuple[int, ...] = ()
-    """Documents whose frames this rank could not decode."""
+    """Documents that this rank could not read or decode."""
     targets: tuple[int, ...] = ()
     """Target tokens of each document."""
 
@@ -57,18 +61,31 @@ def agree(views: Sequence[RowView], error: Exception | None, fold: Fold) -> Agre
     Raises:
         DataError: on every rank, if any rank passed an error, or if ranks of a sequence group read different rows.
     """
-    mine = [(_FAILED if error else view.digest, len(view.failed), sum(view.targets)) for view in views]
-    everyone = gather(torch.tensor(mine, dtype=torch.int64)).view(fold.num_data, fold.num_sequence, len(views), 3)
+    mine = [
+        (_FAILED if error else view.digest, len(view.failed), sum(view.targets), view.content, view.plan)
+        for view in views
+    ]
+    everyone = gather(torch.tensor(mine, dtype=torch.int64)).view(fold.num_data, fold.num_sequence, len(views), 5)
     if error is not None:
         raise error
     if broken := (everyone[..., 0] == _FAILED).any(-1).flatten().nonzero().flatten().tolist():
         raise DataError(
             f"rank {broken[0]} could not read its data and stopped (its own message says why); stopping too"
         )
-    if (everyone[..., 0] != everyone[:, :1, :, 0]).any():
+    different = everyone[..., 0] != everyone[:, :1, :, 0]
+    whole = (everyone[..., 1] == 0).all(
+        1, keepdim=True
+    )  # a rank that could not read a document does not know its tokens
+    if (different | whole & (everyone[..., 3] != everyone[:, :1, :, 3])).any():
         raise DataError(
             "ranks of one sequence group read different rows; they must see the same shards, seed and epoch "
             "(is one of them reading a stale or partial copy of the data?)"
+        )
+    plans = [set(everyone[..., index, 4].flatten().tolist()) - {0} for index in range(len(views))]
+    if any(len(each) > 1 for each in plans):
+        raise DataError(
+            "data ranks planned different rows; they must see the same shards with the same indexes, tokenizer and "
+            "seed (is one of them reading a stale or partial copy of the data?)"
         )
     ended = bool((everyone[..., 0] == _ABSENT).all())
     if not everyone[..., 1].any():

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
+import signal
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,46 +33,59 @@ def run_ranks(function: Callable[..., Any], ranks: int, *args: Any, timeout: flo
         What each rank returned, in rank order.
 
     Raises:
-        RankError: with every rank's own traceback, or the ranks that did not answer within `timeout` seconds.
+        RankError: with every rank's own traceback (that of its threads where a signal ended it), or the ranks that did
+            not answer within `timeout` seconds.
     """
     context = multiprocessing.get_context("fork")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         pipes, processes = [], []
         for rank in range(ranks):
             receiver, sender = context.Pipe(duplex=False)
-            target = (function, args, rank, ranks, os.path.join(folder, "store"), sender, timeout)
+            target = (function, args, rank, ranks, folder, sender, timeout)
             process = context.Process(target=_rank_main, args=target, daemon=True)
             process.start()
             sender.close()
             pipes.append(receiver)
             processes.append(process)
         deadline = time.monotonic() + timeout
-        answers = [_receive(pipe, max(0.0, deadline - time.monotonic()), timeout) for pipe in pipes]
-        for process in processes:
+        received = [_receive(pipe, max(0.0, deadline - time.monotonic()), timeout) for pipe in pipes]
+        answers = []
+        for rank, (process, answer) in enumerate(zip(processes, received, strict=True)):
             process.join(timeout=5)
             process.kill()
+            answers.append(answer or (False, _epitaph(process.exitcode, folder / f"rank{rank}")))
     if failed := [f"rank {rank}:\n{text}" for rank, (ok, text) in enumerate(answers) if not ok]:
         raise RankError("\n".join(failed))
     return [value for _, value in answers]
 
 
-def _receive(pipe: Any, left: float, timeout: float) -> tuple[bool, Any]:
+def _receive(pipe: Any, left: float, timeout: float) -> tuple[bool, Any] | None:
+    """The answer; None where the process ended before it gave one."""
     try:
         if pipe.poll(left):
             return pickle.loads(pipe.recv_bytes())
         return False, f"no answer within {timeout} s"
     except EOFError:
-        return False, "the process ended without an answer"
+        return None
+
+
+def _epitaph(code: int | None, trace: Path) -> str:
+    cause = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
+    return f"the process ended without an answer ({cause})\n{trace.read_text() if trace.exists() else ''}"
 
 
 def _rank_main(
-    function: Callable[..., Any], args: tuple, rank: int, ranks: int, store: str, pipe: Any, timeout: float
+    function: Callable[..., Any], args: tuple, rank: int, ranks: int, folder: Path, pipe: Any, timeout: float
 ) -> None:
     torch.set_num_threads(1)
+    # Garbage of the parent is not to be destroyed here: the threads that its destructors would join were not forked.
+    gc.freeze()
+    faulthandler.enable((folder / f"rank{rank}").open("w"))
     try:
         dist.init_process_group(
             "gloo",
-            store=dist.FileStore(store, ranks),
+            store=dist.FileStore(str(folder / "store"), ranks),
             rank=rank,
             world_size=ranks,
             timeout=timedelta(seconds=timeout),

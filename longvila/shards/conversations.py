@@ -5,23 +5,29 @@
     {"id": "7", "image": "b.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
                                                     {"from": "gpt", "value": "A bus."}]}
 
-The first are Hugging Face chat messages, the second LLaVA's. A conversation says once where the frames go: by a part
-`{"type": "video"}` or by a marker `<video>` or `<image>`. (Both markers mean the record's one medium: published video
-sets write `<image>` as well.) One that does not say has them at the start of its first user turn.
+The first are Hugging Face chat messages, the second LLaVA's. `video` or `image` is a path, or a list of several; a
+record may have both. A conversation says once where the frames of each go: by a part `{"type": "video"}` or by a marker
+`<video>` or `<image>`. (Where all media are of one type, both markers mean it: published video sets write `<image>` as
+well.) One that does not say has them at the start of its first user turn.
+
+With `"subtitles": "a.srt"` (or `.vtt`), a record of one video has its subtitles behind it, each line with its time.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from longvila.errors import DataError
-from longvila.shards.sample import BadRecord, SourceSample
+from longvila.media import read_subtitles
+from longvila.shards.sample import MEDIA, BadRecord, MediumType, SourceSample, media_markers
 
-MARKER = re.compile(r"\s*<(?:video|image)>\s*")
+MARKER = re.compile(r"\s*<(video|image)>\s*")
+SUBTITLES = "This video's subtitles are listed below:"
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 
 
@@ -44,7 +50,7 @@ def read_records(path: Path) -> Iterator[Any]:
             raise DataError(f"{path}: must hold a JSON array of records, not {type(records).__name__}")
         yield from records
         return
-    for line in text.splitlines():
+    for line in text.split("\n"):  # splitlines would also end a line at U+2028, which JSON may hold
         if line.strip():
             try:
                 yield json.loads(line)
@@ -61,53 +67,83 @@ def to_sample(record: Any, number: int, root: Path) -> SourceSample | BadRecord:
     try:
         if not isinstance(record, dict):
             raise DataError(f"is not a JSON object: {str(record)[:80]}")
-        media_type, path = _medium(record)
-        key = f"{_slug(record.get('id') or Path(path or 'text').stem)}-{number:07d}"
+        media = _media(record)
+        first = next((paths[0] for paths in media.values() if paths), "text")
+        key = f"{_slug(record.get('id') or Path(first).stem)}-{number:07d}"
         metadata = {
             name: value for name, value in record.items() if name not in ("messages", "conversations", "video", "image")
         }
-        messages = to_messages(record, media_type)
+        messages = to_messages(record, {kind: len(paths) for kind, paths in media.items()})
+        if "subtitles" in record:
+            _add_subtitles(messages, record["subtitles"], root)
     except DataError as error:
         return BadRecord(key, str(error))
-    return SourceSample(key, messages, root / path if path else None, media_type, metadata)
+    kinds: list[MediumType] = [kind for kind, paths in media.items() if paths]
+    following = {kind: iter(paths) for kind, paths in media.items()}
+    files = [root / next(following[kind]) for kind in media_markers(messages)]
+    media_type = "text" if not kinds else kinds[0] if len(kinds) == 1 else "mixed"
+    return SourceSample(key, messages, files[0] if len(files) == 1 else files or None, media_type, metadata)
 
 
-def to_messages(record: dict[str, Any], media_type: Literal["video", "image", "text"]) -> list[dict[str, Any]]:
-    """The conversation of a record as chat messages with one part for its medium.
+def to_messages(record: dict[str, Any], counts: Mapping[MediumType, int]) -> list[dict[str, Any]]:
+    """The conversation of a record as chat messages with a part for each of its media.
+
+    Args:
+        counts: media of each type.
 
     Raises:
-        DataError: it has neither form, an unknown role, no answer, or more than one place for its medium.
+        DataError: it has neither form, an unknown role, no answer, or other places than media.
     """
     turns = record.get("messages", record.get("conversations"))
     if not isinstance(turns, list) or not turns:
         raise DataError("has no conversation: 'messages' or 'conversations' must be a list of turns")
-    place = {"type": "video" if media_type == "text" else media_type}
-    messages = [{"role": _role(turn), "content": _parts(turn, place)} for turn in turns]
+    kinds: list[MediumType] = [kind for kind, count in counts.items() if count]
+    only = kinds[0] if len(kinds) == 1 else None
+    messages = [{"role": _role(turn), "content": _parts(turn, only)} for turn in turns]
     if all(message["role"] != "assistant" for message in messages):
         raise DataError("has no answer: no turn of role 'assistant' (or from 'gpt')")
-    places = sum(part["type"] != "text" for message in messages for part in message["content"])
-    if places and media_type == "text":
+    places = Counter(media_markers(messages))
+    if places and not kinds:
         raise DataError("marks a place for media and names no file ('video' or 'image')")
-    if places > 1:
-        raise DataError(f"marks {places} places for its one {media_type}")
-    if not places and media_type != "text":
+    if not places and kinds:
         first = next((message for message in messages if message["role"] == "user"), None)
         if first is None:
-            raise DataError(f"has no user turn to show its {media_type} in")
-        first["content"].insert(0, dict(place))
+            raise DataError(f"has no user turn to show its {' and '.join(kinds)} in")
+        first["content"][:0] = [{"type": kind} for kind in kinds for _ in range(counts[kind])]
+    elif wrong := [
+        f"{places[kind]} places for its {n or 'no'} {kind}" for kind, n in counts.items() if places[kind] != n
+    ]:
+        raise DataError(f"marks {' and '.join(wrong)}")
     return messages
 
 
-def _medium(record: dict[str, Any]) -> tuple[Literal["video", "image", "text"], str | None]:
-    named = {name: record[name] for name in ("video", "image") if record.get(name)}
-    paths = [path for value in named.values() for path in (value if isinstance(value, list) else [value])]
-    if len(paths) > 1:
-        raise DataError(f"names {len(paths)} media files; a sample has one")
-    if not paths:
-        return "text", None
-    if not isinstance(paths[0], str):
-        raise DataError(f"its media must be a path, not {str(paths[0])[:80]}")
-    return ("video" if "video" in named else "image"), paths[0]
+def _add_subtitles(messages: list[dict[str, Any]], name: Any, root: Path) -> None:
+    """Puts the lines of a file of subtitles behind the one video of a conversation."""
+    places = [
+        (message["content"], number)
+        for message in messages
+        for number, part in enumerate(message["content"])
+        if part["type"] == "video"
+    ]
+    if not isinstance(name, str) or len(places) != 1:
+        raise DataError(f"its subtitles must be one path for its one video, not {str(name)[:80]} for {len(places)}")
+    subtitles = read_subtitles(root / name)
+    if not subtitles:
+        raise DataError(f"{name} holds no subtitle; known are SubRip (.srt) and WebVTT (.vtt)")
+    lines = [f"[{each.begin // 60:02.0f}:{each.begin % 60:04.1f}] {each.line}" for each in subtitles]
+    content, number = places[0]
+    content.insert(number + 1, {"type": "text", "text": "\n".join([SUBTITLES, *lines])})
+
+
+def _media(record: dict[str, Any]) -> dict[MediumType, list[str]]:
+    """The paths that a record names, by type."""
+    named: dict[MediumType, list[str]] = {}
+    for kind in MEDIA:
+        value = record.get(kind) or []
+        named[kind] = value if isinstance(value, list) else [value]
+        if wrong := [path for path in named[kind] if not isinstance(path, str)]:
+            raise DataError(f"its media must be a path or a list of paths, not {str(wrong[0])[:80]}")
+    return named
 
 
 def _role(turn: Any) -> str:
@@ -117,8 +153,8 @@ def _role(turn: Any) -> str:
     return ROLES[name]
 
 
-def _parts(turn: dict[str, Any], place: dict[str, str]) -> list[dict[str, Any]]:
-    """The content of a turn as typed parts, markers turned into the part `place`."""
+def _parts(turn: dict[str, Any], only: MediumType | None) -> list[dict[str, Any]]:
+    """The content of a turn as typed parts, markers turned into parts: of the type `only`, if that is all there is."""
     content = turn.get("content", turn.get("value"))
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
@@ -128,12 +164,10 @@ def _parts(turn: dict[str, Any], place: dict[str, str]) -> list[dict[str, Any]]:
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind in ("video", "image"):
-            parts.append(dict(place))
+            parts.append({"type": only or kind})
         elif kind == "text" and isinstance(part.get("text"), str):
-            before, *others = MARKER.split(part["text"])
-            parts += _text(before)
-            for text in others:
-                parts += [dict(place), *_text(text)]
+            for number, piece in enumerate(MARKER.split(part["text"])):  # texts, with the types between them
+                parts += [{"type": only or piece}] if number % 2 else _text(piece)
         else:
             raise DataError(f"a turn has a part that is neither text, video nor image: {str(part)[:80]}")
     return parts

@@ -6,15 +6,15 @@ ranks of a sequence group before a single frame is decoded.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from longvila.config import FrameSampling
 from longvila.errors import DataError
-from longvila.media import sample_timestamps
+from longvila.media import FileRange, sample_timestamps
 from longvila.shards.bad import BadSamples
-from longvila.shards.sample import Sample
+from longvila.shards.sample import MediumType, Sample
 
 IGNORE = -100
 """Label of a token that is no target."""
@@ -23,9 +23,35 @@ IGNORE = -100
 class Encode(Protocol):
     """Turns a conversation (or, when there are no messages, a text) into token ids and labels of the same tokens."""
 
+    @property
+    def frame_token(self) -> int:
+        """The token that holds the place of a part of a frame."""
+        ...
+
+    @property
+    def tokens_per_frame(self) -> int: ...
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of all that decides how many tokens a sample has."""
+        ...
+
     def __call__(
-        self, messages: list[dict[str, Any]], text: str | None, num_frames: int
-    ) -> tuple[list[int], list[int]]: ...
+        self, messages: list[dict[str, Any]], text: str | None, frames: Sequence[int]
+    ) -> tuple[list[int], list[int]]:
+        """`frames`: how many frames each medium has that the messages mark."""
+        ...
+
+
+@dataclass(frozen=True)
+class Clip:
+    """The frames that a document has of one video or image."""
+
+    type: MediumType
+    media: bytes | FileRange | None
+    """None where this rank could not read it."""
+    timestamps: tuple[float, ...]
+    """Seconds of video time of its frames; (0.0,) for an image."""
 
 
 @dataclass(frozen=True)
@@ -36,63 +62,93 @@ class Document:
     ids: list[int]
     labels: list[int]
     """labels[i] is the target after token i; IGNORE where there is none, as after the last token."""
-    media_type: Literal["video", "image", "text"]
-    media: bytes | None
-    timestamps: tuple[float, ...]
-    """Seconds of video time of its frames; (0.0,) for an image, () for text."""
+    clips: tuple[Clip, ...] = ()
+    """In the order of their places."""
+    fault: str = ""
+    """Why this rank could not read it; what stands here then has its length and no target."""
+
+    @property
+    def num_frames(self) -> int:
+        return sum(len(clip.timestamps) for clip in self.clips)
 
 
 def to_documents(
-    samples: Iterable[Sample],
-    encode: Encode,
-    sampling: FrameSampling,
-    row_tokens: int,
-    frame_tokens: int,
-    bad: BadSamples,
+    samples: Iterable[Sample], encode: Encode, sampling: FrameSampling, row_tokens: int, bad: BadSamples
 ) -> Iterator[Document]:
-    """Encodes each sample to fit a row of `row_tokens`.
-
-    A video too long for a row gets fewer frames (counted in `bad.shortened`); one whose text alone is too long goes to
-    `bad`, and so does a sample without a target. A plain text is cut into as many pieces as it needs.
-    """
+    """The documents of each sample, see `make_documents`. What cannot be used goes to `bad`."""
     for sample in samples:
         try:
-            if sample.media_type == "text" and not sample.messages:
-                documents = _split_text(sample, encode, row_tokens)
-            else:
-                documents = [_encode_one(sample, encode, sampling, row_tokens, frame_tokens, bad)]
-            for document in documents:
-                if all(label == IGNORE for label in document.labels):
-                    raise DataError("has no answer to learn from: none of its tokens is a target")
+            documents, shortened = make_documents(sample, encode, sampling, row_tokens)
         except DataError as error:
             bad.record(sample.key, str(error))
         else:
+            bad.shortened += shortened
             yield from documents
 
 
-def _encode_one(
-    sample: Sample, encode: Encode, sampling: FrameSampling, row_tokens: int, frame_tokens: int, bad: BadSamples
-) -> Document:
-    timestamps = sample_timestamps(sample.info, sampling) if sample.media is not None else ()
-    ids, labels = encode(sample.messages, None, len(timestamps))
-    if len(ids) > row_tokens:
-        num_text = len(ids) - len(timestamps) * frame_tokens
-        num_frames = (row_tokens - num_text) // frame_tokens
-        if num_frames < 1 or not timestamps:
-            one = f" and one frame {frame_tokens}" if timestamps else ""
-            raise DataError(f"its text has {num_text} tokens{one}, more than a row of {row_tokens}")
-        timestamps = sample_timestamps(sample.info, replace(sampling, frames=num_frames))
-        ids, labels = encode(sample.messages, None, len(timestamps))
-        bad.shortened += 1
-    return Document(sample.key, ids, _shift(labels), sample.media_type, sample.media, timestamps)
+def make_documents(
+    sample: Sample, encode: Encode, sampling: FrameSampling, row_tokens: int
+) -> tuple[list[Document], bool]:
+    """Encodes a sample to fit a row of `row_tokens`, and says whether it got fewer frames than asked.
+
+    Videos too long for a row get fewer frames, the longest first; a plain text is cut into as many pieces as it needs.
+
+    Raises:
+        DataError: its text (with its images, and a frame of each video) is too long, or it has no target.
+    """
+    shortened = False
+    if not sample.media and not sample.messages:
+        documents = _split_text(sample, encode, row_tokens)
+    else:
+        document, shortened = _encode_one(sample, encode, sampling, row_tokens)
+        documents = [document]
+    if any(max(document.labels, default=IGNORE) == IGNORE for document in documents):
+        raise DataError("has no answer to learn from: none of its tokens is a target")
+    return documents, shortened
+
+
+def _encode_one(sample: Sample, encode: Encode, sampling: FrameSampling, row_tokens: int) -> tuple[Document, bool]:
+    clips = _sample_frames(sample, sampling)
+    ids, labels = encode(sample.messages, None, [len(clip.timestamps) for clip in clips])
+    shortened = len(ids) > row_tokens
+    if shortened:
+        num_frames, per_frame = sum(len(clip.timestamps) for clip in clips), encode.tokens_per_frame
+        num_text = len(ids) - num_frames * per_frame
+        videos = [len(clip.timestamps) for clip in clips if clip.type == "video"]
+        room = (row_tokens - num_text) // per_frame - (len(clips) - len(videos))
+        if not videos or room < len(videos):
+            least = f" and {_frames(len(clips))} {len(clips) * per_frame}" if clips else ""
+            raise DataError(f"its text has {num_text} tokens{least}, more than a row of {row_tokens}")
+        clips = _sample_frames(sample, replace(sampling, frames=_level(videos, room)))
+        ids, labels = encode(sample.messages, None, [len(clip.timestamps) for clip in clips])
+    return Document(sample.key, ids, _shift(labels), clips), shortened
+
+
+def _sample_frames(sample: Sample, sampling: FrameSampling) -> tuple[Clip, ...]:
+    return tuple(Clip(each.type, each.data, sample_timestamps(each.info, sampling)) for each in sample.media)
+
+
+def _level(amounts: list[int], room: int) -> int:
+    """The largest cap for each of `amounts` (one at least) by which their sum is no more than `room`."""
+    left = room
+    for number, amount in enumerate(sorted(amounts)):
+        share = left // (len(amounts) - number)
+        if amount > share:
+            return share
+        left -= amount
+    return max(amounts)
+
+
+def _frames(count: int) -> str:
+    return "one frame" if count == 1 else f"{count} frames"
 
 
 def _split_text(sample: Sample, encode: Encode, row_tokens: int) -> list[Document]:
     """Pieces of at most `row_tokens`; each begins with the last token of the one before, so no target is lost."""
-    ids, labels = encode([], sample.metadata["text"], 0)
+    ids, labels = encode([], sample.metadata["text"], ())
     starts = range(0, max(1, len(ids) - 1), row_tokens - 1)
     pieces = [slice(start, start + row_tokens) for start in starts]
-    return [Document(sample.key, ids[piece], _shift(labels[piece]), "text", None, ()) for piece in pieces]
+    return [Document(sample.key, ids[piece], _shift(labels[piece])) for piece in pieces]
 
 
 def _shift(labels: list[int]) -> list[int]:

@@ -1,41 +1,58 @@
-"""The rows of an epoch for one rank: shards -> mixture -> documents -> packed rows, in an order that can be resumed.
+"""The rows of an epoch for one rank: samples -> documents -> packed rows, in an order that can be resumed.
 
-The order is a pure function of (seed, epoch, data rank, number of data ranks, number of workers). All ranks of a
-sequence group read the same shards and see the same rows; they differ in the frames they decode. With loader processes,
-each worker packs its own share of the shards, and rows are taken from the workers in turn.
+Over indexed shards, which rows an epoch has and in which order is a pure function of (seed, epoch), the same for every
+number of data ranks and decoding processes (`windows.py`, `order.py`): `num_data_ranks` consecutive rows make a round,
+of which each data rank takes one. Shards without an index are read in sequence (`stream.py`). All ranks of a sequence
+group see the same rows; they differ in the frames they decode.
 """
 
 from __future__ import annotations
 
+import hashlib
+import logging
+import math
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
-
-import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from longvila.config import DataConfig
-from longvila.errors import ConfigError, DataError, LongvilaError
-from longvila.shards.bad import BadNews, BadSamples
+from longvila.errors import ConfigError, DataError
+from longvila.media import Decoder, FrameMemory
+from longvila.shards.bad import BadSamples
+from longvila.shards.cache import ShardCache
 from longvila.shards.document import Document, Encode, to_documents
-from longvila.shards.rows import Row, build_row, pack
-from longvila.shards.stream import list_shards, mix, stream_samples
+from longvila.shards.index import Head, index_path, read_head
+from longvila.shards.order import Cursor
+from longvila.shards.rows import Row, pack, start_row
+from longvila.shards.stream import MAX_BUFFER, list_shards, mix, stream_samples
+from longvila.shards.windows import PlannedRow, Window, Windows
 
-T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Dealt:
+    """What this rank gets in one round: documents, None where the epoch ends within the round."""
+
+    documents: list[Document] | None
+    after: Cursor
+    """Where all data ranks stand after the round."""
+    digest: int = 0
+    """Of the plan of the whole round; 0 without one."""
 
 
 class RowLoader:
-    """Streams the rows of one rank. `bad` counts what could not be used, in all loader processes together."""
+    """Streams the rows of one rank. `bad` counts what could not be used of this data rank's samples."""
 
     def __init__(
         self,
         data: DataConfig,
         data_root: Path,
         encode: Encode,
-        frame_tokens: int,
         image_size: int,
         data_rank: int = 0,
         num_data_ranks: int = 1,
@@ -46,134 +63,178 @@ class RowLoader:
         """
         Args:
             data_root: folder below which the shards of relative sources lie.
-            frame_tokens: tokens that the model makes of one frame.
             image_size: height and width of the frames.
 
         Raises:
-            ConfigError: no shards, or too few for the data ranks and loader workers.
+            ConfigError: no shards, too few for the data ranks where they have no index, or a source of which nothing
+                can be drawn.
+            DataError: an index that cannot be read.
         """
         self.data = data
         self.encode = encode
-        self.frame_tokens = frame_tokens
         self.image_size = image_size
         self.data_rank = data_rank
+        self.num_data_ranks = num_data_ranks
         self.sequence_rank = sequence_rank
         self.num_sequence_ranks = num_sequence_ranks
         self.seed = seed
         self.bad = BadSamples(data.max_bad_share)
-        self.readers_per_rank = max(1, data.workers)
-        self.num_readers = num_data_ranks * self.readers_per_rank
-        self.shards = [list_shards(source.shards, data_root) for source in data.sources]
-        for source, shards in zip(data.sources, self.shards, strict=True):
-            if len(shards) < self.num_readers:
-                raise ConfigError(
-                    f"source '{source.shards}' has {len(shards)} shards for {num_data_ranks} data ranks x "
-                    f"{self.readers_per_rank} loader processes = {self.num_readers} readers, each of which needs its "
-                    "own; pack it again with fewer samples in a shard, or use fewer workers"
-                )
+        limit = None if data.cache_gib is None else data.cache_gib * 2**30
+        self.cache = ShardCache(Path(data.cache) if data.cache else None, limit, data.allow_pipes)
+        self.shards = [list_shards(source.shards, data_root, self.cache) for source in data.sources]
+        _check_sources(data)
+        heads = [self._read_heads(shards) for shards in self.shards]
+        known = [[head for head in each if head is not None] for each in heads]
+        turn = data_rank * num_sequence_ranks + sequence_rank
+        self.windows = Windows(data, self.shards, known, encode, seed, self.cache, turn) if known == heads else None
+        if self.windows is None:
+            self._check_sequential(heads)
+        self._decoder = Decoder(data.workers, data.decode_timeout)
+        self._memory = FrameMemory(image_size)
 
-    def epoch(self, epoch: int, skip: int = 0) -> Iterator[Row]:
-        """The rows of `epoch` from row `skip` on. Skipped rows are planned again but not decoded.
+    def rows(self, start: Cursor) -> Iterator[tuple[Row | None, Cursor]]:
+        """The rows of this rank from `start` to the end of its epoch, each with the cursor after its round.
+
+        The last row is None where the epoch has none left for this rank.
 
         Raises:
-            DataError: too many samples could not be used (`max_bad_share`).
+            ConfigError: `start` was reached over other shards.
+            DataError: too many samples could not be used (`max_bad_share`), or shards cannot be read.
         """
-        if self.data.workers:
-            return self._rows_of_workers(epoch, skip)
-        packed = islice(self.packed(epoch, 0, self.bad), skip, None)
-        return (self.build(documents) for documents in packed)
+        dealt = self._planned(start) if self.windows else self._streamed(start)
+        ahead = self.data.prefetch if self.data.workers else 0
+        pending: deque[tuple[Callable[[], Row | None], Cursor]] = deque()
+        for each in dealt:
+            pending.append((self._start(each), each.after))
+            if len(pending) > ahead:
+                row, after = pending.popleft()
+                yield row(), after
+        for row, after in pending:
+            yield row(), after
 
-    def packed(self, epoch: int, worker: int, bad: BadSamples) -> Iterator[list[Document]]:
-        """The documents of each row that `worker` of this rank makes in `epoch`; nothing is decoded."""
-        reader = self.data_rank * self.readers_per_rank + worker
+    def _read_heads(self, shards: Sequence[Path]) -> list[Head | None]:
+        """The first line of the index of each shard; remote ones are copied, many at a time."""
+
+        def read(shard: Path) -> Head | None:
+            self.cache.beside(shard, index_path(shard))
+            try:
+                self.cache.ensure(index_path(shard))
+            except FileNotFoundError:
+                return None
+            except (OSError, ImportError) as error:  # fsspec says by ImportError which package a protocol needs
+                raise DataError(f"the index of a shard: {error}") from error
+            return read_head(shard)
+
+        with ThreadPoolExecutor(16) as readers:
+            return list(readers.map(read, shards))
+
+    def _start(self, dealt: _Dealt) -> Callable[[], Row | None]:
+        if dealt.documents is None:
+            return lambda: None
+        share = self.sequence_rank, self.num_sequence_ranks
+        return start_row(dealt.documents, *share, self._decoder, self._memory, dealt.digest)
+
+    def _planned(self, start: Cursor) -> Iterator[_Dealt]:
+        assert self.windows is not None
+        start = self._continue(start)
+        waiting: list[PlannedRow] = []
+        after = start
+        for number in range(start.window, self.windows.num_windows(start.epoch)):
+            window = self.windows.plan(start.epoch, number)
+            self._count(window)
+            first = start.row if number == start.window else 0
+            for row in range(first, len(window.rows)):
+                waiting.append(window.rows[row])
+                after = replace(start, window=number, row=row + 1)
+                if len(waiting) == self.num_data_ranks:
+                    yield self._deal(waiting, after)
+                    waiting = []
+        if waiting:
+            yield self._deal(waiting, after)
+
+    def _deal(self, rows: list[PlannedRow], after: Cursor) -> _Dealt:
+        assert self.windows is not None
+        digest = int.from_bytes(hashlib.sha256(repr(rows).encode()).digest()[:8], "big") >> 2 | 1
+        if self.data_rank >= len(rows):
+            return _Dealt(None, after, digest)
+        return _Dealt([self.windows.document(piece) for piece in rows[self.data_rank]], after, digest)
+
+    def _count(self, window: Window) -> None:
+        """Counts the samples of a window that fall to this data rank."""
+        assert self.windows is not None
+        for place, lengths in window.samples[self.data_rank :: self.num_data_ranks]:
+            self.bad.read += 1
+            self.bad.shortened += lengths.shortened
+            if lengths.fault:
+                self.bad.record(self.windows.key(place), lengths.fault)
+
+    def _continue(self, start: Cursor) -> Cursor:
+        """`start` with the digests of the sources, which must be those it has."""
+        digests = self.windows.digests if self.windows else ()
+        names = [source.shards for source in self.data.sources]
+        if start.sources and start.sources != digests:
+            changed = [name for name, was, is_ in zip(names, start.sources, digests, strict=False) if was != is_]
+            raise ConfigError(
+                f"the run to be continued read other shards (or other indexes of them): {', '.join(changed or names)}; "
+                "put them back, or start the stage again"
+            )
+        return replace(start, sources=digests)
+
+    def _streamed(self, start: Cursor) -> Iterator[_Dealt]:
+        start = self._continue(start)
         streams = [
             stream_samples(
                 shards,
                 seed=self.seed,
-                epoch=epoch,
-                reader=reader,
-                num_readers=self.num_readers,
-                shuffle_buffer=self.data.shuffle_buffer // self.readers_per_rank,
-                bad=bad,
+                epoch=start.epoch,
+                reader=self.data_rank,
+                num_readers=self.num_data_ranks,
+                shuffle_buffer=min(self.data.window, MAX_BUFFER),
+                bad=self.bad,
+                cache=self.cache,
             )
             for shards in self.shards
         ]
-        rng = random.Random(f"mixture {self.seed} {epoch} {reader}")
+        rng = random.Random(f"mixture {self.seed} {start.epoch} {self.data_rank}")
         samples = mix(streams, [source.weight for source in self.data.sources], rng)
-        row_tokens = self.data.row_tokens
-        documents = to_documents(samples, self.encode, self.data.frames, row_tokens, self.frame_tokens, bad)
-        return pack(documents, row_tokens)
+        documents = to_documents(samples, self.encode, self.data.frames, self.data.row_tokens, self.bad)
+        rows = enumerate(pack(documents, self.data.row_tokens))
+        for number, row in islice(rows, start.row, None):
+            yield _Dealt(row, replace(start, row=number + 1))
 
-    def build(self, documents: list[Document]) -> Row:
-        return build_row(documents, self.sequence_rank, self.num_sequence_ranks, self.image_size)
-
-    def _rows_of_workers(self, epoch: int, skip: int) -> Iterator[Row]:
-        # Forked, so that `encode` need not be picklable; nothing in a worker touches a GPU. The seed that torch gives
-        # its workers is not drawn from the training's generator: a run resumed inside an epoch would draw once more.
-        deliveries = DataLoader(
-            _WorkerRows(self, epoch, skip),
-            batch_size=None,
-            num_workers=self.data.workers,
-            collate_fn=_unchanged,
-            multiprocessing_context="fork",
-            generator=torch.Generator().manual_seed(self.seed),
-        )
-        position = 0
-        for delivery in _from_workers(deliveries):
-            self.bad.absorb(delivery.news)
-            if delivery.error is not None:
-                raise delivery.error
-            if delivery.is_row:
-                position += 1
-                if position > skip:
-                    yield delivery.row
+    def _check_sequential(self, heads: list[list[Head | None]]) -> None:
+        for source, shards, each in zip(self.data.sources, self.shards, heads, strict=True):
+            without = [shard for shard, head in zip(shards, each, strict=True) if head is None]
+            if without and self.data_rank == self.sequence_rank == 0:
+                log.warning(
+                    "%d of %d shards of '%s' have no index, first %s: all are read in sequence; the order will depend "
+                    "on the number of data ranks, and going on in mid-epoch reads the epoch again; `longvila data "
+                    "index` writes the indexes",
+                    len(without), len(shards), source.shards, without[0],
+                )  # fmt: skip
+            if len(shards) < self.num_data_ranks:
+                raise ConfigError(
+                    f"source '{source.shards}' has {len(shards)} shards for {self.num_data_ranks} data ranks, each of "
+                    "which needs its own where shards have no index; index them with `longvila data index`"
+                )
+            if (source.repeat, source.limit, self.data.weigh) != (1.0, None, "samples"):
+                raise ConfigError(
+                    f"source '{source.shards}': repeat, limit and weigh=tokens need an index beside every shard of all "
+                    "sources; write them with `longvila data index`"
+                )
 
 
-@dataclass
-class _Delivery:
-    """What a loader process sends: a row (None if it is to be skipped), and what it counted on the way."""
-
-    news: BadNews
-    is_row: bool = False
-    row: Row | None = None
-    error: LongvilaError | None = None
-
-
-class _WorkerRows(IterableDataset):
-    def __init__(self, loader: RowLoader, epoch: int, skip: int) -> None:
-        self.loader = loader
-        self.epoch = epoch
-        self.skip = skip
-
-    def __iter__(self) -> Iterator[_Delivery]:
-        info = get_worker_info()
-        assert info is not None
-        bad = BadSamples()
-        try:
-            for count, documents in enumerate(self.loader.packed(self.epoch, info.id, bad)):
-                # Rows are taken in turn, so this one comes at this place of the epoch, or earlier once another worker
-                # has run dry. If even this place is skipped, the row need not be decoded.
-                skipped = count * info.num_workers + info.id < self.skip
-                row = None if skipped else self.loader.build(documents)
-                yield _Delivery(bad.take(), is_row=True, row=row)
-        except LongvilaError as error:
-            yield _Delivery(bad.take(), error=error)
-        else:
-            yield _Delivery(bad.take())
-
-
-def _from_workers(deliveries: DataLoader) -> Iterator[Any]:
-    try:
-        yield from deliveries
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        reason = str(error).strip().splitlines()[0]
-        raise DataError(
-            f"a loader process died ({reason}); if the machine ran out of memory, use fewer of them (data.workers), or "
-            f"a smaller data.shuffle_buffer"
-        ) from error
-
-
-def _unchanged(item: T) -> T:
-    return item
+def _check_sources(data: DataConfig) -> None:
+    for source in data.sources:
+        if not 0 < source.weight < math.inf:
+            raise ConfigError(
+                f"source '{source.shards}' has the weight {source.weight}; a weight is a number above 0, and a "
+                "source that is not wanted is left out of the mixture"
+            )
+        if not 0 < source.repeat < math.inf or (source.limit is not None and source.limit < 1):
+            raise ConfigError(
+                f"source '{source.shards}' has repeat={source.repeat} and limit={source.limit}, by which an epoch has "
+                "nothing of it; leave it out of the mixture"
+            )
+    if data.window < 1:
+        raise ConfigError(f"data.window is {data.window}; at least one sample makes a window")

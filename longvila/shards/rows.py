@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import accumulate, islice
+from itertools import islice
 
 import torch
 
 from longvila.errors import MediaError
-from longvila.media import decode_frames, decode_image
+from longvila.media import Decoder, FrameMemory
 from longvila.shards.document import Document
 
 LOOK_AHEAD = 16
-"""Documents that wait while a row is filled."""
+"""Documents that wait while a row is filled from a stream."""
 
 
 @dataclass
@@ -32,9 +32,12 @@ class Row:
     num_frames: tuple[int, ...]
     """Frames of each document; they sum to F."""
     frames: torch.Tensor
-    """uint8 (F_local, 3, S, S): frames F*r//P to F*(r+1)//P of the row, on rank r of a sequence group of P."""
+    """uint8 (F_local, 3, S, S): frames F*r//P to F*(r+1)//P of the row, on rank r of a sequence group of P. A pixel's
+    channels lie side by side in memory (`torch.channels_last`), which later rows use when no tensor does."""
     failed: tuple[tuple[int, str], ...]
-    """(document, reason) where this rank could not decode; zeros stand in `frames` until its group drops it."""
+    """(document, reason) where this rank could not read or decode; zeros stand there until its group drops it."""
+    plan: int = 0
+    """A digest of what all data ranks read in this round; 0 where rows are not planned."""
 
 
 def pack(documents: Iterable[Document], row_tokens: int) -> Iterator[list[Document]]:
@@ -58,43 +61,52 @@ def pack(documents: Iterable[Document], row_tokens: int) -> Iterator[list[Docume
         yield row
 
 
-def build_row(documents: list[Document], rank: int, num_ranks: int, image_size: int) -> Row:
-    """The row of `documents` as rank `rank` of a sequence group of `num_ranks` sees it, its share of frames decoded."""
-    lengths = tuple(len(document.ids) for document in documents)
-    num_frames = tuple(len(document.timestamps) for document in documents)
-    frames, failed = _decode_share(documents, rank, num_ranks, image_size)
-    return Row(
-        input_ids=torch.tensor([token for document in documents for token in document.ids]),
-        labels=torch.tensor([label for document in documents for label in document.labels]),
-        position_ids=torch.cat([torch.arange(length) for length in lengths]),
-        lengths=lengths,
-        keys=tuple(document.key for document in documents),
-        num_frames=num_frames,
-        frames=frames,
-        failed=failed,
-    )
+def start_row(
+    documents: list[Document], rank: int, num_ranks: int, decoder: Decoder, memory: FrameMemory, plan: int = 0
+) -> Callable[[], Row]:
+    """Begins to decode what rank `rank` of a sequence group of `num_ranks` decodes of the row of `documents`.
 
+    Returns:
+        What waits for the row.
+    """
+    num_frames = sum(document.num_frames for document in documents)
+    first, last = num_frames * rank // num_ranks, num_frames * (rank + 1) // num_ranks
+    tasks, end = [], 0
+    for index, document in enumerate(documents):
+        for clip in document.clips:
+            start, end = end, end + len(clip.timestamps)
+            low, high = max(start, first), min(end, last)
+            if low >= high:
+                continue
+            waits = None
+            if clip.media is not None:
+                wanted = clip.timestamps[low - start : high - start] if clip.type == "video" else None
+                waits = decoder.start(clip.media, wanted, memory.image_size, document.key)
+            tasks.append((index, slice(low - first, high - first), waits))
 
-def _decode_share(
-    documents: list[Document], rank: int, num_ranks: int, image_size: int
-) -> tuple[torch.Tensor, tuple[tuple[int, str], ...]]:
-    ends = list(accumulate(len(document.timestamps) for document in documents))
-    first, last = ends[-1] * rank // num_ranks, ends[-1] * (rank + 1) // num_ranks
-    frames = torch.zeros(last - first, 3, image_size, image_size, dtype=torch.uint8)
-    failed = []
-    for index, (document, end) in enumerate(zip(documents, ends, strict=True)):
-        start = end - len(document.timestamps)
-        low, high = max(start, first), min(end, last)
-        if low >= high or document.media is None:
-            continue
-        try:
-            if document.media_type == "image":
-                decoded = decode_image(document.media, image_size, document.key)[None]
-            else:
-                timestamps = document.timestamps[low - start : high - start]
-                decoded = decode_frames(document.media, timestamps, image_size, document.key)
-        except MediaError as error:
-            failed.append((index, str(error)))
-        else:
-            frames[low - first : high - first] = decoded
-    return frames, tuple(failed)
+    def finish() -> Row:
+        frames = memory.take(last - first)
+        failed = {index: document.fault for index, document in enumerate(documents) if document.fault}
+        for index, place, waits in tasks:
+            try:
+                if waits:
+                    waits(frames[place])
+                else:
+                    frames[place] = 0
+            except MediaError as error:
+                frames[place] = 0
+                failed[index] = str(error)
+        lengths = tuple(len(document.ids) for document in documents)
+        return Row(
+            input_ids=torch.tensor([token for document in documents for token in document.ids]),
+            labels=torch.tensor([label for document in documents for label in document.labels]),
+            position_ids=torch.cat([torch.arange(length) for length in lengths]),
+            lengths=lengths,
+            keys=tuple(document.key for document in documents),
+            num_frames=tuple(document.num_frames for document in documents),
+            frames=frames,
+            failed=tuple(sorted(failed.items())),
+            plan=plan,
+        )
+
+    return finish

@@ -1,12 +1,14 @@
-"""Webdataset shards -> samples, split by data rank and loader worker, shuffled by (seed, epoch) alone.
+"""Webdataset shards without an index -> samples in sequence, split by data rank, mixed and shuffled in a buffer.
 
-The split is done here and not by webdataset's own `split_by_node`, which goes by the global rank whenever RANK is set
-and would give the ranks of one sequence group different samples.
+What comes where depends on the number of data ranks, and going on in mid-epoch means reading again. The split is done
+here and not by webdataset's own `split_by_node`, which goes by the global rank whenever RANK is set and would give the
+ranks of one sequence group different samples.
 """
 
 from __future__ import annotations
 
 import random
+import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,19 +18,27 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from longvila.errors import ConfigError, DataError
 from longvila.shards.bad import BadSamples
-from longvila.shards.sample import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, Sample, from_members
+from longvila.shards.cache import ShardCache, is_remote
+from longvila.shards.sample import Sample, from_members, split_name
 
+MAX_BUFFER = 256
+"""Samples held by one shuffle buffer."""
 MAX_BUFFER_BYTES = 1 << 30
 """Encoded media held by one shuffle buffer; reached before its sample count when videos are long."""
 TAR_END = 1024
 
 
-def list_shards(shards: str, root: Path) -> tuple[Path, ...]:
+def list_shards(shards: str, root: Path, cache: ShardCache | None = None) -> tuple[Path, ...]:
     """The tar files that a source names: a folder, or a brace pattern like `talks/{000000..000099}.tar`.
 
+    With a cache also the places of remote ones: a pattern of URLs (`s3://bucket/talks/{000000..000099}.tar`), or of
+    commands that write a tar (`pipe:gunzip -c talks/{0..9}.tar.gz`).
+
     Raises:
-        ConfigError: there is none, or one that the pattern names is missing.
+        ConfigError: there is none, or a local one that the pattern names is missing.
     """
+    if cache and is_remote(shards):
+        return tuple(cache.place(name) for name in braceexpand(shards))
     path = root / shards
     if path.is_dir():
         found = tuple(sorted(path.glob("*.tar")))
@@ -51,16 +61,17 @@ def stream_samples(
     num_readers: int,
     shuffle_buffer: int,
     bad: BadSamples,
+    cache: ShardCache | None = None,
 ) -> Iterator[Sample]:
     """Every sample of the shards that fall to `reader` in `epoch`, once, in an order set by (seed, epoch, reader).
 
-    All readers shuffle the same list of shards in the same way and take every `num_readers`-th. A reader is one loader
-    worker of one data rank. Shards that end early, JSON without media and the like go to `bad`.
+    All readers shuffle the same list of shards in the same way and take every `num_readers`-th. Shards that end early,
+    JSON without media and the like go to `bad`.
     """
     rng = random.Random(f"shards {seed} {epoch}")
     order = list(shards)
     rng.shuffle(order)
-    samples = _read(order[reader::num_readers], bad)
+    samples = read_samples(order[reader::num_readers], bad, cache)
     yield from shuffle(samples, shuffle_buffer, random.Random(f"samples {seed} {epoch} {reader}"))
 
 
@@ -70,15 +81,19 @@ def shuffle(samples: Iterable[Sample], size: int, rng: random.Random) -> Iterato
     held = 0
     for sample in samples:
         buffer.append(sample)
-        held += len(sample.media or b"")
+        held += _size(sample)
         while len(buffer) > size or held > MAX_BUFFER_BYTES:
             position = rng.randrange(len(buffer))
             buffer[position], buffer[-1] = buffer[-1], buffer[position]
             chosen = buffer.pop()
-            held -= len(chosen.media or b"")
+            held -= _size(chosen)
             yield chosen
     rng.shuffle(buffer)
     yield from buffer
+
+
+def _size(sample: Sample) -> int:
+    return sum(len(each.data) for each in sample.media if isinstance(each.data, bytes))
 
 
 def mix(streams: Sequence[Iterator[Sample]], weights: Sequence[float], rng: random.Random) -> Iterator[Sample]:
@@ -92,15 +107,15 @@ def mix(streams: Sequence[Iterator[Sample]], weights: Sequence[float], rng: rand
             del lasting[position]
 
 
-def _read(shards: Iterable[Path], bad: BadSamples) -> Iterator[Sample]:
-    """The samples of the shards in stored order."""
-    opened = _Shards(shards, bad)
+def read_samples(shards: Iterable[Path], bad: BadSamples, cache: ShardCache | None = None) -> Iterator[Sample]:
+    """The samples of the shards in stored order. Those that cannot be used go to `bad`, and so do damaged shards."""
+    opened = _Shards(shards, bad, cache)
     members = tar_file_expander(opened, handler=opened.note_error)
-    for group in group_by_keys(members, keys=_split_name, handler=opened.note_error):
+    for group in group_by_keys(members, keys=split_name, handler=opened.note_error):
         bad.read += 1
         key = group["__key__"]
         try:
-            yield _to_sample(key, group)
+            yield from_members(key, {name: data for name, data in group.items() if isinstance(data, bytes)})
         except DataError as error:
             bad.record(key, f"{error} (in {group['__url__']})")
 
@@ -108,9 +123,10 @@ def _read(shards: Iterable[Path], bad: BadSamples) -> Iterator[Sample]:
 class _Shards:
     """Opens shards one after the other for webdataset, and notes each that is damaged, once."""
 
-    def __init__(self, shards: Iterable[Path], bad: BadSamples) -> None:
+    def __init__(self, shards: Iterable[Path], bad: BadSamples, cache: ShardCache | None) -> None:
         self.shards = shards
         self.bad = bad
+        self.cache = cache
         self.current = Path()
         self.noted = False
 
@@ -118,6 +134,8 @@ class _Shards:
         for shard in self.shards:
             self.current, self.noted = shard, False
             try:
+                if self.cache:
+                    self.cache.ensure(shard)
                 with shard.open("rb") as stream:
                     self._check_end(stream)
                     yield {"url": str(shard), "stream": stream}
@@ -125,11 +143,20 @@ class _Shards:
                 self.note_error(error)
 
     def _check_end(self, stream: BinaryIO) -> None:
-        """A whole tar ends in two blocks of zeros. One cut between two members is not noticed by `tarfile`."""
-        size = stream.seek(0, 2)
-        stream.seek(max(0, size - TAR_END))
-        if stream.read() != bytes(TAR_END):
-            self.note_error(DataError("the shard is cut short; the samples before the cut are used"))
+        """A whole tar ends in two blocks of zeros. `tarfile` stops in silence at a cut between two members, and at a
+        header that is damaged."""
+        try:
+            with tarfile.open(fileobj=stream, mode="r:") as tar:
+                for _ in tar:
+                    pass
+                end = tar.offset
+        except tarfile.TarError:
+            end = stream.seek(0, 2)
+        stream.seek(end)
+        found = stream.read(TAR_END)
+        if found != bytes(TAR_END):
+            fault = "is cut short" if len(found) < TAR_END else "has a damaged header"
+            self.note_error(DataError(f"the shard {fault} at byte {end}; the samples before it are used"))
         stream.seek(0)
 
     def note_error(self, error: Exception) -> bool:
@@ -138,18 +165,3 @@ class _Shards:
             self.noted = True
             self.bad.record(str(self.current), str(error.args[0] if error.args else error))
         return True
-
-
-def _split_name(name: str) -> tuple[str, str] | tuple[None, None]:
-    """A member's key and extension, parted at the last dot. (Webdataset parts at the first: keys with dots break.)"""
-    key, dot, extension = name.rpartition(".")
-    return (key, extension) if dot else (None, None)
-
-
-def _to_sample(key: str, group: dict[str, Any]) -> Sample:
-    media = [group[extension] for extension in group if extension in VIDEO_EXTENSIONS + IMAGE_EXTENSIONS]
-    if len(media) > 1:
-        raise DataError(f"has {len(media)} media files; a sample has one")
-    if "json" not in group:
-        raise DataError("media without its JSON")
-    return from_members(key, group["json"], media[0] if media else None)

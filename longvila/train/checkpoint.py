@@ -23,7 +23,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -39,6 +39,7 @@ from longvila import __version__
 from longvila.config import StageConfig
 from longvila.errors import ConfigError, LongvilaError
 from longvila.parallel.fold import world_timeout
+from longvila.shards.order import Cursor
 from longvila.train.manifest import describe, find_fault, flush_folder, write_file
 from longvila.train.randomness import random_state, restore_random_state, seed_anew
 
@@ -52,11 +53,20 @@ RANDOM = "random"
 
 @dataclass(frozen=True)
 class Position:
-    """Where in a stage a run stands: steps taken, and rows read of an epoch of the current phase."""
+    """Where in a stage a run stands: steps taken, and what was read of the data of the current phase."""
 
     step: int = 0
-    epoch: int = 0
-    rows: int = 0
+    cursor: Cursor = field(default_factory=Cursor)
+
+    @staticmethod
+    def from_json(fields: dict[str, Any]) -> Position:
+        """Inverse of `dataclasses.asdict`, through JSON."""
+        if "cursor" not in fields:
+            raise ConfigError(
+                "the checkpoint is of an earlier version, which kept no place in the data; start the stage again"
+            )
+        cursor = fields["cursor"]
+        return Position(fields["step"], Cursor(**{**cursor, "sources": tuple(cursor["sources"])}))
 
 
 class Checkpoints:
@@ -178,7 +188,7 @@ class Checkpoints:
                 f"{path}: cannot continue from this checkpoint with this configuration ({_reason(error)}); remove the "
                 f"folder {self.folder} to start the stage again"
             ) from error
-        position = Position(**about["position"])
+        position = Position.from_json(about["position"])
         if same_world:
             restore_random_state(pickle.loads(wanted[RANDOM][str(self._rank)]))
         else:
@@ -291,7 +301,7 @@ class Checkpoints:
 
 def read_position(checkpoint: Path) -> Position:
     """Where its run stood."""
-    return Position(**json.loads((checkpoint / "checkpoint.json").read_text())["position"])
+    return Position.from_json(json.loads((checkpoint / "checkpoint.json").read_text())["position"])
 
 
 def newest(folder: Path) -> Path | None:

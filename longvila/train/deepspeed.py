@@ -102,19 +102,16 @@ class DeepSpeedEngine:
         head = model.language_model.get_output_embeddings()
         optimizer = make_optimizer(model, config.optimizer)
         self._fragments = importlib.import_module("deepspeed.utils")
-        # DeepSpeed casts everything. What does not move stays as it is in what is saved, and RoPE's frequencies in use.
+        # DeepSpeed casts every parameter. What does not move stays as it is in what is saved.
         self._frozen = {
             name: self._spread(tensor.detach().clone())
             for name, tensor in self._named()
             if config.precision == "bf16" and not tensor.requires_grad
         }
-        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         self._engine = self._deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
         if self._stage == 3:  # the loss uses the output matrix without calling its module: whole for the whole forward
             for parameter in head.parameters():
                 self._deepspeed.zero.register_external_parameter(model, parameter)
-        for name, buffer in model.named_buffers():
-            buffer.data = buffers[name].to(buffer.device)
         self._zero: Any = self._engine.optimizer
         self._create_moments()
 
@@ -151,7 +148,11 @@ class DeepSpeedEngine:
         # A norm that is not finite is the one thing upon which DeepSpeed drops a step by itself.
         parameter = next(p for p in self.model.parameters() if p.requires_grad)
         gradient = self._fragments.safe_get_full_grad(parameter)
-        self._fragments.safe_set_full_grad(parameter, torch.full_like(gradient, float("nan")))
+        spoilt = torch.full_like(gradient, float("nan"))
+        if self._stage == 3:
+            self._fragments.safe_set_local_grad(parameter, self._share(parameter, spoilt))
+        else:
+            self._fragments.safe_set_full_grad(parameter, spoilt)
         self._engine.step()
         assert self._zero.overflow, "a step of which a gradient is not a number was taken"
 
@@ -192,7 +193,7 @@ class DeepSpeedEngine:
         trained = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         for name, parameter in trained.items():
             for key in _MOMENTS:
-                self._fragments.safe_set_full_optimizer_state(parameter, whole(state["optimizer"][name][key]), key)
+                self._set_moment(parameter, key, whole(state["optimizer"][name][key]))
         for moments in self._zero.optimizer.state.values():
             moments["step"].fill_(state["optimizer"][next(iter(trained))]["step"])
 
@@ -217,9 +218,25 @@ class DeepSpeedEngine:
         with self._gathered(tensor, modifier_rank=0), torch.no_grad():
             tensor.copy_(weight)
         if tensor.requires_grad:
-            self._fragments.safe_set_full_fp32_param(tensor, weight)
+            if self._stage == 3:
+                self._fragments.safe_set_local_fp32_param(tensor, self._share(tensor, weight))
+            else:
+                self._fragments.safe_set_full_fp32_param(tensor, weight)
         elif name in self._frozen:
             self._frozen[name] = self._spread(weight)
+
+    def _set_moment(self, parameter: Tensor, key: str, moment: Tensor) -> None:
+        if self._stage == 3:
+            self._fragments.safe_set_local_optimizer_state(parameter, self._share(parameter, moment), key)
+        else:
+            self._fragments.safe_set_full_optimizer_state(parameter, moment, key)
+
+    def _share(self, parameter: Any, value: Tensor) -> Tensor:
+        """Stage 3's part of a whole tensor on this rank, flat and filled up with zeros. (DeepSpeed 0.19, given the
+        whole tensor, fails where it does not divide evenly.)"""
+        size, rank = parameter.ds_tensor.numel(), dist.get_rank()
+        share = value.flatten()[rank * size : (rank + 1) * size]
+        return torch.nn.functional.pad(share, (0, size - len(share)))
 
     def _gathered(self, tensor: Tensor, modifier_rank: int | None = None) -> AbstractContextManager[None]:
         """Stage 3 holds a share of each parameter; within, the tensor is whole."""

@@ -12,7 +12,9 @@ from longvila.parallel.fold import Fold
 from longvila.shards.bad import BadSamples
 from longvila.shards.document import IGNORE
 from longvila.shards.loader import RowLoader
+from longvila.shards.order import Cursor
 from longvila.shards.rows import Row
+from longvila.shards.windows import placeholder_ids
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,12 @@ class RowFeed:
     so nothing is left unread and nobody waits. A document that one rank cannot decode is dropped by its whole group.
     """
 
-    def __init__(self, loader: RowLoader, fold: Fold, rows_per_step: int, epoch: int = 0, rows: int = 0) -> None:
-        self.epoch, self.rows = epoch, rows
+    def __init__(self, loader: RowLoader, fold: Fold, rows_per_step: int, start: Cursor | None = None) -> None:
+        self.cursor = start or Cursor()
+        """Where the data stands after the last step."""
         self._loader, self._fold, self._rows_per_step = loader, fold, rows_per_step
         self._dropped: dict[str, str] = {}
-        self._iterator = iter(loader.epoch(epoch, skip=rows))
+        self._iterator = iter(loader.rows(self.cursor))
 
     @property
     def bad(self) -> BadSamples:
@@ -55,21 +58,22 @@ class RowFeed:
         """
         rows, agreement = self._read()
         if agreement.ended:
-            if self.rows == 0:
-                raise DataError(f"no usable sample in epoch {self.epoch}; check the shards and the list of bad samples")
-            self.epoch, self.rows = self.epoch + 1, 0
-            self._iterator = iter(self._loader.epoch(self.epoch))
-            rows, agreement = self._read()
+            started = (self.cursor.window, self.cursor.row) != (0, 0)
+            if started:
+                self.cursor = replace(self.cursor, epoch=self.cursor.epoch + 1, window=0, row=0)
+                self._iterator = iter(self._loader.rows(self.cursor))
+                rows, agreement = self._read()
             if agreement.ended:
-                raise DataError(f"no usable sample in epoch {self.epoch}; check the shards and the list of bad samples")
-        self.rows += self._rows_per_step
+                raise DataError(
+                    f"no usable sample in epoch {self.cursor.epoch}; check the shards and the list of bad samples"
+                )
         for row, gone in zip(rows, agreement.dropped, strict=True):
             for document in gone:
                 assert row is not None, "only a row of this group can have failed"
                 reason = dict(row.failed).get(document, "another rank of its sequence group could not decode it")
                 self._dropped[row.keys[document]] = reason
         kept = tuple(
-            without_documents(row, gone) if row else self._empty_row()
+            self._without(row, gone) if row else self._empty_row()
             for row, gone in zip(rows, agreement.dropped, strict=True)
         )
         num_dropped = sum(len(gone) for gone in agreement.dropped)
@@ -83,13 +87,31 @@ class RowFeed:
             while self._dropped:
                 self._loader.bad.record(*self._dropped.popitem())
             for index in range(self._rows_per_step):
-                rows[index] = next(self._iterator, None)
+                rows[index], self.cursor = next(self._iterator, (None, self.cursor))
         except OSError as caught:
             error = DataError(f"the data cannot be read: {caught}")
             error.__cause__ = caught
         except Exception as caught:  # told to every rank by `agree`, which raises it again here
             error = caught
         return rows, agree([_view(row) for row in rows], error, self._fold)
+
+    def _without(self, row: Row, gone: tuple[int, ...]) -> Row:
+        """The row with placeholders for the documents `gone`. Documents do not see each other, so that drops them.
+
+        Their tokens are replaced too: a rank that could not read a document does not know them, and all ranks of a
+        sequence group must agree on where frames go.
+        """
+        if not gone:
+            return row
+        ids, labels, start = row.input_ids.clone(), row.labels.clone(), 0
+        encode = self._loader.encode
+        for document, length in enumerate(row.lengths):
+            if document in gone:
+                frame_tokens = row.num_frames[document] * encode.tokens_per_frame
+                ids[start : start + length] = torch.tensor(placeholder_ids(length, frame_tokens, encode.frame_token))
+                labels[start : start + length] = IGNORE
+            start += length
+        return replace(row, input_ids=ids, labels=labels)
 
     def _empty_row(self) -> Row:
         num_tokens = 2 * self._fold.num_sequence
@@ -105,23 +127,13 @@ class RowFeed:
         )
 
 
-def without_documents(row: Row, gone: tuple[int, ...]) -> Row:
-    """The row with no target left in the documents `gone`. Documents do not see each other, so that drops them."""
-    if not gone:
-        return row
-    labels, start = row.labels.clone(), 0
-    for document, length in enumerate(row.lengths):
-        if document in gone:
-            labels[start : start + length] = IGNORE
-        start += length
-    return replace(row, labels=labels)
-
-
 def _view(row: Row | None) -> RowView:
     if row is None:
         return RowView(0)
     return RowView(
-        digest=row_digest(row.keys, row.lengths, row.num_frames, row.input_ids.sum().item()),
+        digest=row_digest(row.keys, row.lengths, row.num_frames),
+        content=int(row.input_ids.sum()),
+        plan=row.plan,
         failed=tuple(document for document, _ in row.failed),
         targets=tuple(int((labels != IGNORE).sum()) for labels in row.labels.split(list(row.lengths))),
     )

@@ -22,7 +22,7 @@ from longvila import config as configuration
 from longvila.config import PARTS, DataConfig, Phase, StageConfig, ValidationConfig
 from longvila.errors import ConfigError, LongvilaError
 from longvila.model.build import build_model, load_model, save_model
-from longvila.model.chat import encode_messages, encode_text
+from longvila.model.chat import ChatEncoder
 from longvila.model.rope import extend_context
 from longvila.model.vlm import LongVilaModel
 from longvila.parallel.agree import any_rank, barrier, max_over_world, sum_over_world
@@ -30,6 +30,7 @@ from longvila.parallel.fold import Fold, make_fold, start_world
 from longvila.parallel.lost import lost_ranks
 from longvila.shards.bad import BadSamples
 from longvila.shards.loader import RowLoader
+from longvila.shards.order import Cursor
 from longvila.train.anomaly import LossWatch
 from longvila.train.checkpoint import Checkpoints, Position, newest, read_position
 from longvila.train.engine import Engine, make_engine
@@ -173,9 +174,9 @@ def _run_steps(state: TrainingState, folder: Path, data: Path, profile: tuple[in
             index, step_of_phase = phase_at(config, step)
             phase = config.phases[index]
             if feed is None or step_of_phase == 0:
-                start = position if step_of_phase else Position()
+                start = position.cursor if step_of_phase else Cursor()
                 loader = make_loader(state, phase.data, data)
-                feed = RowFeed(loader, state.fold, phase.rows_per_step, start.epoch, start.rows)
+                feed = RowFeed(loader, state.fold, phase.rows_per_step, start)
                 enter_phase(state.model, config.phases[: index + 1])
                 watch = LossWatch()
             started = time.time()
@@ -199,7 +200,7 @@ def _run_steps(state: TrainingState, folder: Path, data: Path, profile: tuple[in
             stopped = any_rank(stop.requested)
             due = config.checkpoint_every and done % config.checkpoint_every == 0
             if done < config.steps and (due or stopped):
-                checkpoints.save(state.engine.state(), Position(done, feed.epoch, feed.rows), config)
+                checkpoints.save(state.engine.state(), Position(done, feed.cursor), config)
             if done < config.steps and stopped:
                 checkpoints.close()
                 raise LongvilaError(
@@ -275,16 +276,10 @@ def list_bad(path: Path, bad: BadSamples) -> None:
 
 def make_loader(state: TrainingState, data: DataConfig, root: Path) -> RowLoader:
     """The rows of `data`, shards below `root`, as the model at hand reads them."""
-    model, tokenizer = state.model, state.tokenizer
-    tokens_per_frame = model.projector.tokens_per_frame
-
-    def encode(messages: list[dict], text: str | None, num_frames: int) -> tuple[list[int], list[int]]:
-        if messages:
-            return encode_messages(tokenizer, messages, num_frames, tokens_per_frame)
-        return encode_text(tokenizer, text or "")
-
+    model = state.model
+    encode = ChatEncoder(state.tokenizer, model.projector.tokens_per_frame)
     return RowLoader(
-        data, root, encode, tokens_per_frame, model.vision.image_size,
+        data, root, encode, model.vision.image_size,
         data_rank=state.fold.data_rank, num_data_ranks=state.fold.num_data,
         sequence_rank=state.fold.sequence_rank, num_sequence_ranks=state.fold.num_sequence,
         seed=state.config.seed,

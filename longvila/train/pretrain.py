@@ -91,7 +91,7 @@ def plain_text(sample: SourceSample) -> str:
 def encode(tokenizer: PreTrainedTokenizerBase, sample: SourceSample) -> Document:
     """A sample without media as a document; a plain text has no answers."""
     if sample.messages:
-        return encode_messages(tokenizer, sample.messages, 0, 0)
+        return encode_messages(tokenizer, sample.messages, (), 0)
     ids, _ = encode_text(tokenizer, sample.metadata["text"])
     return ids, [IGNORE] * len(ids)
 

@@ -20,6 +20,7 @@ from longvila.bench.engines import make_config, make_state, take_steps
 from longvila.config import ParallelConfig, ShardingConfig
 from longvila.errors import ConfigError, LongvilaError
 from longvila.parallel.launch import run_ranks
+from longvila.shards.order import Cursor
 from longvila.train import checkpoint
 from longvila.train.checkpoint import Checkpoints, Position
 from longvila.train.loop import resume
@@ -41,7 +42,7 @@ def save_after_two(parallel, folder, asynchronous=False, sharding=ShardingConfig
     if asynchronous:
         Checkpoints._write = lambda *arguments: changed.wait(60) and write(*arguments)
     with Checkpoints(folder, 1, asynchronous) as checkpoints:
-        checkpoints.save(state.engine.state(), Position(2, 0, 8), state.config)
+        checkpoints.save(state.engine.state(), Position(2, Cursor(0, 0, 8)), state.config)
         take_steps(state, 2, 1)
         changed.set()
     return whole_weights(state.model)
@@ -49,7 +50,7 @@ def save_after_two(parallel, folder, asynchronous=False, sharding=ShardingConfig
 
 def continue_after_two(parallel, folder):
     state = make_state(parallel)
-    assert resume(state.engine, Checkpoints(folder, 1)) == Position(2, 0, 8)
+    assert resume(state.engine, Checkpoints(folder, 1)) == Position(2, Cursor(0, 0, 8))
     take_steps(state, 2, 1)
     return whole_weights(state.model)
 
@@ -367,7 +368,7 @@ def test_on_another_number_of_ranks_random_numbers_are_seeded_anew_and_the_log_s
 def test_a_checkpoint_says_what_made_it(tmp_path):
     run_ranks(save_some, 2, tmp_path, (1,))
     about = json.loads((tmp_path / "step-000001" / "checkpoint.json").read_text())
-    assert about["position"] == {"step": 1, "epoch": 0, "rows": 0}
+    assert about["position"] == {"step": 1, "cursor": {"epoch": 0, "window": 0, "row": 0, "sources": []}}
     assert about["world"] == 2
     assert about["config"]["name"] == "test"
     assert about["versions"]["torch"] == torch.__version__

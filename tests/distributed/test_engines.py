@@ -9,6 +9,7 @@ import torch
 from longvila.bench.engines import FIRST_GRADIENT, NORM, engine_steps, errors, make_state, plain_steps, take_steps
 from longvila.config import LoraConfig, ParallelConfig
 from longvila.parallel.launch import run_ranks
+from longvila.shards.order import Cursor
 from longvila.train.checkpoint import Checkpoints, Position
 from longvila.train.gradients import make_model
 from longvila.train.loop import part_checksums, resume
@@ -50,14 +51,14 @@ def save_after_two(engine, folder, fields):
     state = make_state(TWO, torch.float32, engine=engine, **fields)
     assert resume(state.engine, Checkpoints(folder, 1)) == Position()
     take_steps(state, 0, 2)
-    Checkpoints(folder, 1).save(state.engine.state(), Position(2, 0, 8), state.config)
+    Checkpoints(folder, 1).save(state.engine.state(), Position(2, Cursor(0, 0, 8)), state.config)
     take_steps(state, 2, 2)
     return state.engine.weights()
 
 
 def continue_after_two(engine, folder, parallel, fields):
     state = make_state(parallel, torch.float32, engine=engine, **fields)
-    assert resume(state.engine, Checkpoints(folder, 1)) == Position(2, 0, 8)
+    assert resume(state.engine, Checkpoints(folder, 1)) == Position(2, Cursor(0, 0, 8))
     take_steps(state, 2, 2)
     return state.engine.weights()
 
@@ -71,11 +72,30 @@ def test_every_engine_continues_what_another_saved(saved_by, tmp_path):
         assert difference == 0 if engine == saved_by else difference < 2e-6, engine
 
 
-def discard(engine):
+THREE = ParallelConfig(inner=3)
+"""Ranks among which few parameters divide evenly."""
+
+
+def save_on_three(engine, folder):
+    state = make_state(THREE, torch.float32, engine=engine)
+    take_steps(state, 0, 2)
+    Checkpoints(folder, 1).save(state.engine.state(), Position(2, Cursor(0, 0, 8)), state.config)
+    take_steps(state, 2, 2)
+    return state.engine.weights()
+
+
+@pytest.mark.parametrize("engine", ["zero1", "zero3"])
+def test_an_engine_continues_where_parameters_do_not_divide_among_the_ranks(engine, tmp_path):
+    expected = run_ranks(save_on_three, 3, engine, tmp_path)[0]
+    found = run_ranks(continue_after_two, 3, engine, tmp_path, THREE, {})[0]
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
+def discard(engine, parallel):
     """Weights and moments after two steps, with a step dropped between them and without."""
     ends = []
     for dropped in (False, True):
-        state = make_state(TWO, torch.float32, engine=engine)
+        state = make_state(parallel, torch.float32, engine=engine)
         take_steps(state, 0, 1)
         if dropped:
             config = state.config
@@ -88,9 +108,11 @@ def discard(engine):
     return ends
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_a_step_that_is_dropped_leaves_no_trace(engine):
-    (weights, moments), (dropped_weights, dropped_moments) = run_ranks(discard, 2, engine)[0]
+@pytest.mark.parametrize(
+    ("engine", "world", "parallel"), [*((engine, 2, TWO) for engine in ENGINES), ("zero3", 3, THREE)]
+)
+def test_a_step_that_is_dropped_leaves_no_trace(engine, world, parallel):
+    (weights, moments), (dropped_weights, dropped_moments) = run_ranks(discard, world, engine, parallel)[0]
     assert all(torch.equal(weights[name], dropped_weights[name]) for name in weights)
     assert all(torch.equal(moments[name], dropped_moments[name]) for name in moments)
 
@@ -145,6 +167,24 @@ def test_bf16_keeps_masters_and_what_is_frozen_in_fp32(engine, tmp_path):
 def frequencies(engine):
     state = make_state(TWO, torch.float32, engine=engine, precision="bf16")
     return state.model.language_model.get_decoder().rotary_emb.inv_freq
+
+
+def ask_for_the_state(engine):
+    """Weights after two steps, with the state asked for before the first and without."""
+    ends = []
+    for asked in (False, True):
+        state = make_state(TWO, torch.float32, engine=engine)
+        if asked:
+            state.engine.state()
+        take_steps(state, 0, 2)
+        ends.append(state.engine.weights())
+    return ends
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "zero2"])
+def test_asking_for_the_state_changes_no_step(engine):
+    weights, asked = run_ranks(ask_for_the_state, 2, engine)[0]
+    assert all(torch.equal(weights[name], asked[name]) for name in weights)
 
 
 def test_rope_frequencies_stay_in_fp32_where_deepspeed_casts_the_model():

@@ -1,14 +1,17 @@
 """What ranks agree on before each step: ends, drops, errors. Nobody waits for a rank that went another way."""
 
 from dataclasses import replace
+from itertools import islice
 
 import pytest
+import torch
 
 from longvila.bench.engines import DOCUMENTS, make_rows
 from longvila.config import ParallelConfig
 from longvila.errors import DataError
 from longvila.parallel.fold import make_fold
 from longvila.parallel.launch import RankError, run_ranks
+from longvila.shards.windows import placeholder_ids
 from longvila.train.feed import IGNORE, RowFeed
 
 from .training_parts import RowList
@@ -24,7 +27,7 @@ def read_uneven_epochs():
     seen = []
     for _ in range(4):
         step = feed.next_step()
-        seen.append((feed.epoch, feed.rows, step.rows[0].keys[0], step.num_targets))
+        seen.append((feed.cursor.epoch, feed.cursor.row, step.rows[0].keys[0], step.num_targets))
     return seen
 
 
@@ -65,9 +68,36 @@ def test_a_document_that_one_rank_cannot_decode_is_dropped_by_its_whole_group(fa
     assert answers[failing_rank][-1]["row0-0"] == "cannot be decoded"
 
 
+def read_where_one_rank_cannot(failing_rank):
+    """The failing rank has a placeholder for its first document, as `Windows.document` makes one."""
+    fold = make_fold(SEQUENCE, "cpu")
+    (row,) = make_rows(fold, [0])
+    loader = RowList([])
+    if fold.sequence_rank == failing_rank:
+        length = row.lengths[0]
+        frame_tokens = row.num_frames[0] * loader.encode.tokens_per_frame
+        ids, labels = row.input_ids.clone(), row.labels.clone()
+        ids[:length] = torch.tensor(placeholder_ids(length, frame_tokens, loader.encode.frame_token))
+        labels[:length] = IGNORE
+        row = replace(row, input_ids=ids, labels=labels, failed=((0, "cannot be read"),))
+    step = RowFeed(RowList([row]), fold, rows_per_step=1).next_step()
+    (found,) = step.rows
+    places = int((found.input_ids == loader.encode.frame_token).sum())
+    return found.input_ids, found.labels, step.num_targets, places, sum(row.num_frames) * loader.encode.tokens_per_frame
+
+
+@pytest.mark.parametrize("failing_rank", [0, 1])
+def test_a_document_that_one_rank_cannot_read_is_the_same_placeholder_on_all(failing_rank):
+    first, second = run_ranks(read_where_one_rank_cannot, 2, failing_rank)
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(first[1], second[1])
+    assert first[2] == second[2] == (first[1] != IGNORE).sum()
+    assert first[3] == first[4]  # every frame of the row keeps its places
+
+
 class BrokenOnOneRank(RowList):
-    def epoch(self, epoch, skip=0):
-        yield self.rows[0]
+    def rows(self, start):
+        yield from islice(super().rows(start), 1)
         raise DataError("shard-3.tar is unreadable")
 
 
@@ -95,6 +125,30 @@ def read_different_rows():
 def test_ranks_of_a_sequence_group_that_read_different_rows_are_refused():
     with pytest.raises(RankError, match="read different rows"):
         run_ranks(read_different_rows, 2)
+
+
+def read_other_words():
+    fold = make_fold(SEQUENCE, "cpu")
+    (row,) = make_rows(fold, [0])
+    row = replace(row, input_ids=row.input_ids + (fold.sequence_rank == 1) * (row.input_ids == row.input_ids[0]))
+    RowFeed(RowList([row]), fold, rows_per_step=1).next_step()
+
+
+def test_ranks_of_a_sequence_group_that_read_other_words_in_the_same_places_are_refused():
+    with pytest.raises(RankError, match="read different rows"):
+        run_ranks(read_other_words, 2)
+
+
+def read_by_plans(plans):
+    fold = make_fold(ParallelConfig(), "cpu")
+    rows = [replace(row, plan=plans[fold.data_rank]) for row in make_rows(fold, [fold.data_rank])]
+    RowFeed(RowList(rows), fold, rows_per_step=1).next_step()
+
+
+def test_data_ranks_that_follow_different_plans_are_refused():
+    run_ranks(read_by_plans, 2, (7, 7))
+    with pytest.raises(RankError, match="data ranks planned different rows"):
+        run_ranks(read_by_plans, 2, (7, 8))
 
 
 def read_nothing():

@@ -1,21 +1,27 @@
 """What tests of the loop share beside the small models and rows of `longvila.bench.engines`."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import torch
 
 from longvila.shards.bad import BadSamples
+from longvila.train.gradients import FRAME
 
 
 class RowList:
     """The loader's interface over rows in memory."""
 
     image_size = 32
+    encode = SimpleNamespace(frame_token=FRAME, tokens_per_frame=4)
 
     def __init__(self, rows, max_bad_share=1.0):
-        self.rows = rows
+        self._rows = rows
         self.bad = BadSamples(max_bad_share)
 
-    def epoch(self, epoch, skip=0):
-        return iter(self.rows[skip:])
+    def rows(self, start):
+        for number, row in enumerate(self._rows[start.row :], start.row + 1):
+            yield row, replace(start, row=number)
 
 
 def whole_weights(model) -> dict[str, torch.Tensor]:

@@ -27,7 +27,8 @@ from longvila.config import *
 
 def config(scale, models):
     data = DataConfig((SourceConfig("clips"),), FrameSampling("fps", 4), row_tokens=128)
-    first, second = Phase("a", 3, data, 1e-3), Phase("b", 3, replace(data, row_tokens=256), 5e-4, rope_theta=5e4)
+    longer = replace(data, row_tokens=256, workers=1)
+    first, second = Phase("a", 3, data, 1e-3), Phase("b", 3, longer, 5e-4, rope_theta=5e4)
     model = ModelConfig(str(models / "tower.json"), None, str(models / "lm"))
     return StageConfig("{name}", scale, {starts_from}, model, {trains}, (first, second), lora={lora},
                        parallel=ParallelConfig(inner=2), checkpoint_every=2)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from longvila.config import DataConfig, FrameSampling, SourceConfig
 from longvila.shards import Row, RowLoader, SourceSample, write_shards
+from longvila.shards.order import Cursor
 
 from .video_fixtures import make_image, make_video
 
@@ -39,18 +40,33 @@ def all_kinds(num_videos: int = 12, num_images: int = 6, num_texts: int = 6) -> 
         yield SourceSample(f"text-{index}", [], None, "text", {"text": "word " * (2 + index)})
 
 
-def encode(messages: list[dict[str, Any]], text: str | None, num_frames: int) -> tuple[list[int], list[int]]:
+class WordEncoder:
     """One token a word (its length + 100); answers are targets, and so is all of a plain text."""
+
+    frame_token = FRAME
+    tokens_per_frame = FRAME_TOKENS
+    fingerprint = "words"
+
+    def __call__(self, messages: list[dict[str, Any]], text: str | None, frames: Sequence[int]) -> Any:
+        return encode_words(messages, text, frames)
+
+
+encode = WordEncoder()
+
+
+def encode_words(
+    messages: list[dict[str, Any]], text: str | None, frames: Sequence[int]
+) -> tuple[list[int], list[int]]:
     if text is not None:
         ids = [len(word) + 100 for word in text.split()]
         return ids, list(ids)
-    ids, labels = [], []
+    ids, labels, counts = [], [], iter(frames)
     for message in messages:
         content = message["content"]
         for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
             tokens = [len(word) + 100 for word in part.get("text", "").split()]
             if part["type"] != "text":
-                tokens = [FRAME] * (num_frames * FRAME_TOKENS)
+                tokens = [FRAME] * (next(counts) * FRAME_TOKENS)
             ids += tokens
             labels += tokens if message["role"] == "assistant" else [-100] * len(tokens)
     return ids, labels
@@ -63,11 +79,32 @@ def packed(folder: Path, samples: Any = None, max_samples: int = 4) -> Path:
 
 def make_loader(folder: Path, *sources: SourceConfig, frames: FrameSampling | None = None, **kwargs: Any) -> RowLoader:
     """A loader over `folder`/data; keywords go to DataConfig or to the loader, whichever knows them."""
-    names = ("row_tokens", "shuffle_buffer", "workers", "max_bad_share")
+    names = (
+        "row_tokens",
+        "window",
+        "workers",
+        "prefetch",
+        "decode_timeout",
+        "max_bad_share",
+        "weigh",
+        "cache_gib",
+        "allow_pipes",
+    )
     options = {name: kwargs.pop(name) for name in names if name in kwargs}
-    options = {"row_tokens": 40, "shuffle_buffer": 4, **options}
+    options = {"row_tokens": 40, "window": 8, **options}
     config = DataConfig(sources or (SourceConfig("data"),), frames or FrameSampling("fps", 99, 1.0), **options)
-    return RowLoader(config, folder, encode, FRAME_TOKENS, IMAGE_SIZE, **kwargs)
+    return RowLoader(config, folder, kwargs.pop("encode", encode), IMAGE_SIZE, **kwargs)
+
+
+def rows_of(loader: RowLoader, start: Cursor | None = None) -> list[Row]:
+    """The rows of an epoch for one rank."""
+    return [row for row, _ in loader.rows(start or Cursor()) if row is not None]
+
+
+def without_indexes(folder: Path) -> Path:
+    for path in folder.glob("*.index.jsonl"):
+        path.unlink()
+    return folder
 
 
 def keys(rows: list[Row]) -> list[str]:

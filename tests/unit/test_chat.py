@@ -1,5 +1,7 @@
 """Chat messages to tokens: labels on the answers only, one token for each patch of a frame."""
 
+from itertools import groupby
+
 import pytest
 
 from longvila.errors import ConfigError, DataError
@@ -36,7 +38,7 @@ def runs_of_labels(tokenizer, labels):
 
 
 def test_labels_stand_on_each_answer_and_its_end_mark_only(tokenizer):
-    ids, labels = encode_messages(tokenizer, CONVERSATION, num_frames=3, tokens_per_frame=4)
+    ids, labels = encode_messages(tokenizer, CONVERSATION, frames=[3], tokens_per_frame=4)
     assert len(ids) == len(labels)
     assert all(label in (-100, token) for token, label in zip(ids, labels, strict=True))
     assert runs_of_labels(tokenizer, labels) == ["Sept, écrit 7.<|im_end|>", "assistant\n8<|im_end|>"]
@@ -44,7 +46,7 @@ def test_labels_stand_on_each_answer_and_its_end_mark_only(tokenizer):
 
 def test_the_frames_become_one_run_of_placeholders_where_the_video_was(tokenizer):
     frame = tokenizer.convert_tokens_to_ids("<frame>")
-    ids, labels = encode_messages(tokenizer, CONVERSATION, num_frames=3, tokens_per_frame=4)
+    ids, labels = encode_messages(tokenizer, CONVERSATION, frames=[3], tokens_per_frame=4)
     start = ids.index(frame)
     assert ids[start : start + 12] == [frame] * 12
     assert ids.count(frame) == 12
@@ -53,8 +55,8 @@ def test_the_frames_become_one_run_of_placeholders_where_the_video_was(tokenizer
 
 
 def test_a_prompt_is_what_stands_before_the_answer_in_training(tokenizer):
-    ids, labels = encode_messages(tokenizer, CONVERSATION[:3], 2, 4)
-    prompt = encode_prompt(tokenizer, CONVERSATION[:2], 2, 4)
+    ids, labels = encode_messages(tokenizer, CONVERSATION[:3], [2], 4)
+    prompt = encode_prompt(tokenizer, CONVERSATION[:2], [2], 4)
     first = next(index for index, label in enumerate(labels) if label != -100)
     assert prompt == ids[:first]
 
@@ -66,20 +68,35 @@ def test_plain_text_is_all_targets_and_ends_with_the_end_of_text(tokenizer):
     assert tokenizer.decode(ids[:-1]) == "once upon a time"
 
 
+def test_several_media_take_their_places_in_order(tokenizer):
+    parts = [{"type": "video"}, {"type": "text", "text": "and"}, {"type": "image"}, {"type": "text", "text": "or"}]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": "the second"}]
+    messages += [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "a cat"}]
+    frame = prepare_tokenizer(tokenizer)
+    ids, labels = encode_messages(tokenizer, messages, [3, 1, 2], 4)
+    runs = [len(list(run)) for is_frame, run in groupby(ids, lambda token: token == frame) if is_frame]
+    assert runs == [12, 4, 8]
+    single, single_labels = encode_messages(tokenizer, messages, [1, 1, 1], 1)
+    assert [token for token in ids if token != frame] == [token for token in single if token != frame]
+    assert [label for label in labels if label != -100] == [label for label in single_labels if label != -100]
+    assert all(label == -100 for token, label in zip(ids, labels, strict=True) if token == frame)
+    assert encode_prompt(tokenizer, messages[:1], [3, 1], 4).count(frame) == 16
+
+
 def test_frames_need_exactly_one_place(tokenizer):
     text_only = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
-    with pytest.raises(DataError, match="0 video or image parts for 3 frames"):
-        encode_messages(tokenizer, text_only, 3, 4)
-    with pytest.raises(DataError, match="1 video or image parts for 0 frames"):
-        encode_messages(tokenizer, CONVERSATION, 0, 4)
+    with pytest.raises(DataError, match="0 video or image parts for 1 videos and images"):
+        encode_messages(tokenizer, text_only, [3], 4)
+    with pytest.raises(DataError, match="1 video or image parts for 0 videos and images"):
+        encode_messages(tokenizer, CONVERSATION, [], 4)
     twice = [CONVERSATION[1], *CONVERSATION[1:]]
     with pytest.raises(DataError, match="2 video or image parts"):
-        encode_messages(tokenizer, twice, 3, 4)
+        encode_messages(tokenizer, twice, [3], 4)
 
 
 def test_text_that_contains_the_reserved_word_is_refused(tokenizer):
     with pytest.raises(DataError, match="reserved word <frame>"):
-        encode_messages(tokenizer, [{"role": "user", "content": "a <frame> b"}], 0, 4)
+        encode_messages(tokenizer, [{"role": "user", "content": "a <frame> b"}], [], 4)
     with pytest.raises(DataError, match="reserved word <frame>"):
         encode_text(tokenizer, "a <frame> b")
 
@@ -92,8 +109,8 @@ def test_a_template_that_rewrites_earlier_answers_is_refused_by_name():
     tokenizer.name_or_path = "some/tokenizer"
     prepare_tokenizer(tokenizer)
     with pytest.raises(ConfigError, match="some/tokenizer rewrites earlier messages"):
-        encode_messages(tokenizer, CONVERSATION, 3, 4)
-    _, labels = encode_messages(tokenizer, CONVERSATION[:3], 3, 4)  # a single answer is fine
+        encode_messages(tokenizer, CONVERSATION, [3], 4)
+    _, labels = encode_messages(tokenizer, CONVERSATION[:3], [3], 4)  # a single answer is fine
     assert runs_of_labels(tokenizer, labels) == ["(thinking)Sept, écrit 7.<|im_end|>"]
 
 
@@ -101,7 +118,7 @@ def test_messages_that_the_template_refuses_are_refused():
     tokenizer = byte_tokenizer("{{ raise_exception('roles must alternate') }}")
     prepare_tokenizer(tokenizer)
     with pytest.raises(DataError, match="roles must alternate"):
-        encode_messages(tokenizer, CONVERSATION, 3, 4)
+        encode_messages(tokenizer, CONVERSATION, [3], 4)
 
 
 def test_a_tokenizer_that_cannot_be_used_is_refused():

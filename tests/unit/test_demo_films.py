@@ -94,7 +94,7 @@ def test_every_split_gives_samples_that_can_be_packed(cache, split):
     bounds = {"shortest": 130, "longest": 140} if split == "long" else {}
     made = list(demo.samples(split, 6, cache=cache, threads=1, **bounds))
     for sample in made:
-        check_sample(sample)
+        check_sample(sample.messages, sample.media_type, len(sample.files), sample.metadata)
         json.dumps(sample.metadata)
     assert len({sample.key for sample in made}) == len(made)
     if split in ("short", "medium", "long"):

@@ -21,6 +21,7 @@ from longvila.model import build_model, load_model, save_model
 from longvila.model.chat import FRAME_TOKEN
 from longvila.model.rope import extend_context
 from longvila.parallel.launch import run_ranks
+from longvila.shards.order import Cursor
 from longvila.train.checkpoint import Checkpoints, Position
 from longvila.train.export import export
 from longvila.train.loop import load_start, prepare
@@ -111,7 +112,7 @@ def make_checkpoint(config: StageConfig, run: Path, step: int):
             if parameter.requires_grad:
                 parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
     state = {"model": model.state_dict(), "optimizer": {"weight": {"exp_avg": torch.zeros(3)}}}
-    run_ranks(save, 2, run / config.name / "checkpoints", state, Position(step, 0, step), config)
+    run_ranks(save, 2, run / config.name / "checkpoints", state, Position(step, Cursor(0, 0, step)), config)
     return model, merge
 
 

@@ -23,7 +23,7 @@ def answerer(tmp_path: Path) -> Answerer:
 def reference_answer(answerer: Answerer, frames: torch.Tensor, question: str, max_new_tokens: int) -> str:
     """What `generate` of transformers answers, from nothing."""
     messages = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]}]
-    ids = torch.tensor([encode_prompt(answerer.tokenizer, messages, len(frames), 4)])
+    ids = torch.tensor([encode_prompt(answerer.tokenizer, messages, [len(frames)], 4)])
     stop = sorted(answerer._stop_ids - {None})
     new = answerer.model.generate(
         ids, frames, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=stop, pad_token_id=0

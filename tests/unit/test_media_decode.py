@@ -7,9 +7,10 @@ import io
 import av
 import pytest
 import torch
+from PIL import ExifTags, Image
 
 from longvila.errors import MediaError
-from longvila.media import decode, decode_frames, decode_image, probe
+from longvila.media import FrameMemory, decode, decode_frames, decode_image, probe
 
 from .video_fixtures import make_image, make_video, number_picture, read_number, write
 
@@ -58,6 +59,43 @@ def test_distant_frames_are_reached_by_seeking_and_near_ones_are_not(monkeypatch
     assert len(seeks) == 1
 
 
+@pytest.mark.parametrize(
+    ("codec", "container", "options"),
+    [
+        ("libx265", "mp4", {"x265-params": "keyint=20:log-level=none"}),
+        ("libvpx-vp9", "webm", {"g": "20"}),
+        ("libsvtav1", "mp4", {"g": "20", "preset": "12", "svtav1-params": "fast-decode=0"}),
+    ],
+)
+def test_newer_codecs_give_the_same_frames_with_and_without_jumps(codec, container, options):
+    data = make_video(num_frames=120, fps=20, width=192, height=128, codec=codec, container=container, options=options)
+    assert probe(data, "film").num_frames == 120
+    assert numbers(data, [number / 20 for number in range(120)], 96) == list(range(120))
+    assert numbers(data, [0.0, 3.05, 3.1, 5.95], 96) == [0, 61, 62, 119]
+    jumped = decode_frames(data, [5.5], 96, "film")
+    walked = decode_frames(data, [number / 20 for number in range(111)], 96, "film")[110:]
+    assert torch.equal(jumped, walked)
+
+
+@pytest.mark.parametrize("container", ["mp4", "mov", "matroska", "avi"])
+def test_a_jump_lands_on_the_last_key_frame_before_its_time(monkeypatch, container):
+    """Frames that are decoded ahead of being presented (B-frames) must not send it one key frame further back."""
+    data = make_video(num_frames=200, fps=20, container=container, options={"g": "20"})
+    decoded = []
+    real = decode.decode_packets
+
+    def counting(*args):
+        for each in real(*args):
+            decoded.append(each)
+            yield each
+
+    monkeypatch.setattr(decode, "decode_packets", counting)
+    for times, needed in [([5.0], 1), ([5.45], 10), ([5.95], 20), ([1.0, 5.0, 5.4, 9.0], 12)]:
+        decoded.clear()
+        assert numbers(data, times) == [int(time * 20 + 0.01) for time in times]
+        assert len(decoded) <= needed + 4 * (len(times) + 1), times  # two frames to begin with, two a jump, and ends
+
+
 def test_times_may_come_in_any_order_and_repeat():
     assert numbers(make_video(num_frames=40), [9.0, 0.0, 5.25, 5.25, 5.3]) == [36, 0, 21, 21, 21]
 
@@ -76,7 +114,7 @@ def test_frames_are_square_rgb_whatever_the_shape_of_the_video():
     frames = decode_frames(make_video(width=95, height=63), [0.0, 1.0], 32, "film")
     assert frames.shape == (2, 3, 32, 32)
     assert frames.dtype == torch.uint8
-    assert frames.is_contiguous()
+    assert frames.permute(0, 2, 3, 1).is_contiguous()
     red, green, blue = frames[0, :, 29, 16].tolist()
     assert red > 180
     assert max(green, blue) < 70
@@ -157,3 +195,28 @@ def test_an_image_is_squashed_to_a_square(tmp_path):
 def test_a_broken_image_is_refused_by_name(data):
     with pytest.raises(MediaError, match="picture: cannot be read as an image"):
         decode_image(data, 48, "picture")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "P"])
+def test_an_image_is_turned_as_its_orientation_says(mode):
+    upright = Image.fromarray(number_picture(5, 96, 64)).convert(mode)
+    file, turned, exif = io.BytesIO(), upright.transpose(Image.Transpose.ROTATE_90), Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # to be shown turned clockwise by a quarter
+    turned.save(file, format="PNG", exif=exif)
+    plain = io.BytesIO()
+    upright.save(plain, format="PNG")
+    assert torch.equal(decode_image(file.getvalue(), 48, "turned"), decode_image(plain.getvalue(), 48, "upright"))
+    assert read_number(decode_image(file.getvalue(), 48, "turned")) == 5
+
+
+def test_memory_of_frames_is_used_again_when_no_tensor_uses_it():
+    memory = FrameMemory(8)
+    first = memory.take(3)
+    assert first.shape == (3, 3, 8, 8)
+    place, part = first.data_ptr(), first[1:]
+    del first
+    second = memory.take(2)
+    assert second.data_ptr() != place
+    del part
+    assert memory.take(2).data_ptr() == place
+    assert memory.take(4).shape == (4, 3, 8, 8)

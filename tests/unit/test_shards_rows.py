@@ -1,19 +1,17 @@
-"""`longvila.shards.rows`, `document` and `loader`: packed rows, each rank's share of the frames, and resuming."""
+"""`longvila.shards.rows`, `document` and `loader`: packed rows, and each rank's share of the frames."""
 
 from __future__ import annotations
-
-import json
-import os
-import signal
 
 import pytest
 import torch
 
 from longvila.config import FrameSampling, SourceConfig
-from longvila.errors import DataError
+from longvila.errors import ConfigError, DataError
+from longvila.media import Decoder, FrameMemory
 from longvila.shards import BadSamples, SourceSample
-from longvila.shards.document import Document, to_documents
-from longvila.shards.rows import LOOK_AHEAD, build_row, pack
+from longvila.shards.document import Clip, Document, to_documents
+from longvila.shards.order import Cursor
+from longvila.shards.rows import LOOK_AHEAD, pack, start_row
 
 from .shards_parts import (
     FRAME,
@@ -24,16 +22,15 @@ from .shards_parts import (
     keys,
     make_loader,
     packed,
+    rows_of,
     video,
+    without_indexes,
 )
 from .video_fixtures import read_number
 
-# Three loader processes on two cores are meant here.
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
-
-def rows_of(loader, epoch=0, skip=0):
-    return list(loader.epoch(epoch, skip))
+def build_row(documents, rank, num_ranks, image_size):
+    return start_row(documents, rank, num_ranks, Decoder(), FrameMemory(image_size))()
 
 
 def same(first, second):
@@ -98,16 +95,25 @@ def test_ranks_of_a_sequence_group_see_the_same_rows_and_share_the_frames(tmp_pa
 def test_a_rank_opens_only_the_videos_it_has_frames_of(monkeypatch):
     opened = []
 
-    def decode(media, timestamps, size, name):
+    def decode(media, timestamps, size, name, out):
         opened.append((name, tuple(timestamps)))
-        return torch.zeros(len(timestamps), 3, size, size, dtype=torch.uint8)
+        out.zero_()
 
-    monkeypatch.setattr("longvila.shards.rows.decode_frames", decode)
-    documents = [Document(key, [1], [-100], "video", b"film", (0.0, 1.0, 2.0)) for key in ("a", "b")]
+    monkeypatch.setattr("longvila.media.pool.decode_frames", decode)
+    documents = [Document(key, [1], [-100], (Clip("video", b"film", (0.0, 1.0, 2.0)),)) for key in ("a", "b")]
     build_row(documents, 0, 3, 8)
     build_row(documents, 1, 3, 8)
     build_row(documents, 2, 3, 8)
     assert opened == [("a", (0.0, 1.0)), ("a", (2.0,)), ("b", (0.0,)), ("b", (1.0, 2.0))]
+
+
+def test_what_cannot_be_decoded_shows_nothing_of_the_row_before():
+    memory = FrameMemory(8)
+    memory.take(2).fill_(7)
+    broken = [Document(key, [1], [-100], (Clip("image", media, (0.0,)),)) for key, media in (("a", b"?"), ("b", None))]
+    row = start_row(broken, 0, 1, Decoder(), memory)()
+    assert not row.frames.any()
+    assert [index for index, _ in row.failed] == [0]
 
 
 def test_data_ranks_read_disjoint_samples(tmp_path):
@@ -117,60 +123,28 @@ def test_data_ranks_read_disjoint_samples(tmp_path):
     assert len(first) + len(second) == 24
 
 
-@pytest.mark.parametrize("workers", [0, 1, 3])
-def test_skipping_rows_gives_exactly_the_rows_from_there_on(tmp_path, workers):
-    packed(tmp_path / "data", max_samples=3)
-    rows = rows_of(make_loader(tmp_path, workers=workers), epoch=2)
-    assert sorted(keys(rows)) == sorted(sample.key for sample in all_kinds())
-    for skip in (1, 4, len(rows) - 1, len(rows)):
-        rest = rows_of(make_loader(tmp_path, workers=workers), epoch=2, skip=skip)
-        assert len(rest) == len(rows) - skip
-        assert all(same(a, b) for a, b in zip(rest, rows[skip:], strict=True))
-
-
-def test_skipped_rows_are_not_decoded(tmp_path, monkeypatch):
-    packed(tmp_path / "data")
-    loader = make_loader(tmp_path)
-    built = []
-    monkeypatch.setattr(loader, "build", built.append)
-    num_rows = len(rows_of(loader))
-    built.clear()
-    assert len(rows_of(loader, skip=num_rows - 2)) == len(built) == 2
-
-
-def test_skipped_rows_are_not_decoded_in_loader_processes_either(tmp_path, monkeypatch):
-    packed(tmp_path / "data", max_samples=3)
-    loader = make_loader(tmp_path, workers=2)
-    num_rows = len(rows_of(loader))
-    built = torch.zeros(1, dtype=torch.int64).share_memory_()
-    build = loader.build
-    monkeypatch.setattr(loader, "build", lambda documents: (built.add_(1), build(documents))[1])
-    assert len(rows_of(loader, skip=num_rows - 2)) == 2
-    assert 2 <= built.item() < num_rows // 2  # the last rows, and those a worker cannot know to be skipped
-
-
 def test_epochs_differ_in_order_and_agree_in_content(tmp_path):
     packed(tmp_path / "data")
     loader = make_loader(tmp_path)
-    first, second = keys(rows_of(loader, epoch=0)), keys(rows_of(loader, epoch=1))
+    first, second = keys(rows_of(loader, Cursor(0))), keys(rows_of(loader, Cursor(1)))
     assert first != second
     assert sorted(first) == sorted(second)
 
 
-def test_loader_processes_report_what_they_could_not_use(tmp_path):
+def test_what_cannot_be_used_is_counted_once_by_the_data_rank_it_falls_to(tmp_path):
     samples = [*all_kinds(8, 0, 0), SourceSample("long", conversation("word " * 50), video("x").media, "video")]
     packed(tmp_path / "data", samples, max_samples=3)
-    for workers in (0, 2):
-        loader = make_loader(tmp_path, workers=workers)
-        assert len(keys(rows_of(loader))) == 8
-        assert (loader.bad.read, loader.bad.count, list(loader.bad.listed)) == (9, 1, ["long"])
+    for ranks, workers in [(1, 0), (1, 2), (3, 0)]:
+        loaders = [make_loader(tmp_path, data_rank=r, num_data_ranks=ranks, workers=workers) for r in range(ranks)]
+        assert sum(len(keys(rows_of(loader))) for loader in loaders) == 8
+        assert sum(loader.bad.read for loader in loaders) == 9
+        assert [key for loader in loaders for key in loader.bad.listed] == ["long"]
 
 
-def test_an_error_in_a_loader_process_keeps_its_one_line(tmp_path, monkeypatch):
+def test_too_many_bad_samples_stop_the_run_while_rows_are_planned(tmp_path, monkeypatch):
     packed(tmp_path / "data")
-    loader = make_loader(tmp_path, workers=2, max_bad_share=0.0)
     monkeypatch.setattr("longvila.shards.bad.GRACE", 1)
-    loader.encode = lambda messages, text, num_frames: ([1], [-100])
+    loader = make_loader(tmp_path, max_bad_share=0.0, row_tokens=6)
     with pytest.raises(DataError, match=r"^\d+ of \d+ samples could not be used, more than the share of 0.0"):
         rows_of(loader)
 
@@ -178,8 +152,8 @@ def test_an_error_in_a_loader_process_keeps_its_one_line(tmp_path, monkeypatch):
 def test_a_broken_frame_leaves_zeros_and_is_named_to_the_group(tmp_path):
     good = video("good", number=5)
     documents = [
-        Document("broken", [1] * 6, [-100] * 6, "video", b"not a film", (0.0, 1.0)),
-        Document("good", [1] * 6, [-100] * 6, "video", good.media, (0.0, 1.0)),
+        Document("broken", [1] * 6, [-100] * 6, (Clip("video", b"not a film", (0.0, 1.0)),)),
+        Document("good", [1] * 6, [-100] * 6, (Clip("video", good.media, (0.0, 1.0)),)),
     ]
     row = build_row(documents, 0, 1, 48)
     ((document, reason),) = row.failed
@@ -192,7 +166,7 @@ def test_a_broken_frame_leaves_zeros_and_is_named_to_the_group(tmp_path):
 
 def test_packing_is_best_fit_and_starves_nobody():
     def documents(*lengths):
-        return [Document(str(length), [1] * length, [1] * length, "text", None, ()) for length in lengths]
+        return [Document(str(length), [1] * length, [1] * length) for length in lengths]
 
     rows = [[len(d.ids) for d in row] for row in pack(documents(6, 1, 5, 9, 4, 3), 10)]
     assert rows == [[6, 4], [1, 9], [5, 3]]
@@ -232,8 +206,8 @@ def test_a_long_text_is_cut_into_pieces_without_losing_a_target():
     from longvila.shards import Sample
 
     words = " ".join("x" * (1 + index) for index in range(25))
-    sample = Sample("text", [], None, "text", None, {"text": words})
-    pieces = list(to_documents([sample], encode, FrameSampling(), 8, FRAME_TOKENS, BadSamples()))
+    sample = Sample("text", [], (), {"text": words})
+    pieces = list(to_documents([sample], encode, FrameSampling(), 8, BadSamples()))
     assert [len(piece.ids) for piece in pieces] == [8, 8, 8, 4]
     targets = [label for piece in pieces for label in piece.labels if label != -100]
     assert targets == [101 + index for index in range(1, 25)]
@@ -242,31 +216,54 @@ def test_a_long_text_is_cut_into_pieces_without_losing_a_target():
 
 def test_sources_are_mixed_by_weight(tmp_path):
     for name in ("rare", "often"):
-        texts = (SourceSample(f"{name}-{index}", [], None, "text", {"text": "a b c"}) for index in range(120))
+        texts = (SourceSample(f"{name}-{index}", [], None, "text", {"text": f"a b c{index}"}) for index in range(120))
         packed(tmp_path / name, texts, max_samples=60)
+    loader = make_loader(tmp_path, SourceConfig("rare", 1.0), SourceConfig("often", 4.0), row_tokens=3)
+    order = [key.split("-")[0] for key in keys(rows_of(loader))]
+    assert len(order) == 240
+    assert 78 <= order[:100].count("often") <= 82
+    assert order[:8] != order[8:16]
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_weight_by_which_nothing_can_be_drawn_is_refused_by_the_name_of_its_source(tmp_path, weight):
+    packed(tmp_path / "data")
+    with pytest.raises(ConfigError, match=r"source 'data' has the weight (0.0|-1.0|nan|inf)"):
+        make_loader(tmp_path, SourceConfig("data", 1.0), SourceConfig("data", weight))
+
+
+def test_sources_without_an_index_are_mixed_by_weight_too(tmp_path):
+    for name in ("rare", "often"):
+        texts = (SourceSample(f"{name}-{index}", [], None, "text", {"text": f"a b c{index}"}) for index in range(120))
+        without_indexes(packed(tmp_path / name, texts, max_samples=60))
     loader = make_loader(tmp_path, SourceConfig("rare", 1.0), SourceConfig("often", 4.0), row_tokens=3)
     order = [key.split("-")[0] for key in keys(rows_of(loader))]
     assert len(order) == 240
     assert 70 <= order[:100].count("often") <= 90
 
 
-def test_the_index_beside_the_shards_is_not_needed(tmp_path):
-    folder = packed(tmp_path / "data")
-    assert json.loads((folder / "index.json").read_text())["samples"] == 24
-    (folder / "index.json").unlink()
-    assert len(keys(rows_of(make_loader(tmp_path)))) == 24
+def test_without_an_index_shards_are_read_in_sequence_and_that_is_said(tmp_path, caplog):
+    without_indexes(packed(tmp_path / "data"))
+    loader = make_loader(tmp_path)
+    assert "6 of 6 shards of 'data' have no index" in caplog.text
+    whole = list(loader.rows(Cursor(2)))
+    assert sorted(keys([row for row, _ in whole])) == sorted(sample.key for sample in all_kinds())
+    for number in range(len(whole)):
+        rest = rows_of(make_loader(tmp_path), whole[number][1])
+        assert len(rest) == len(whole) - number - 1
+        assert all(same(a, b) for a, (b, _) in zip(rest, whole[number + 1 :], strict=True))
+    shares = [keys(rows_of(make_loader(tmp_path, data_rank=rank, num_data_ranks=2))) for rank in range(2)]
+    assert sorted(shares[0] + shares[1]) == sorted(sample.key for sample in all_kinds())
 
 
-def test_a_loader_process_that_is_killed_is_a_data_error(tmp_path):
-    packed(tmp_path / "data")
-    loader = make_loader(tmp_path, workers=1)
-    loader.encode = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-    with pytest.raises(DataError, match=r"a loader process died \(DataLoader worker \(pid.*data.workers"):
-        rows_of(loader)
+def test_without_an_index_what_needs_one_is_refused(tmp_path):
+    without_indexes(packed(tmp_path / "data"))
+    with pytest.raises(ConfigError, match=r"'data': repeat, limit and weigh=tokens need an index"):
+        make_loader(tmp_path, SourceConfig("data", repeat=2.0))
 
 
 def test_reading_rows_draws_no_random_number_of_the_training(tmp_path):
-    """A run resumed inside an epoch starts its loader processes once more than one that was not."""
+    """A run resumed inside an epoch starts its processes once more than one that was not."""
     packed(tmp_path / "data")
     before = torch.get_rng_state()
     rows_of(make_loader(tmp_path, workers=1))

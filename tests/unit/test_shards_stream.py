@@ -8,13 +8,14 @@ import pytest
 
 from longvila.errors import ConfigError, DataError
 from longvila.shards import BadSamples, SourceSample
+from longvila.shards.sample import Medium
 from longvila.shards.stream import list_shards, mix, shuffle, stream_samples
 
-from .shards_parts import all_kinds, make_loader, packed, rewrite, video
+from .shards_parts import all_kinds, make_loader, packed, rewrite, video, without_indexes
 
 
 def texts(folder, count=24, max_samples=2):
-    samples = (SourceSample(f"text-{index}", [], None, "text", {"text": "a b"}) for index in range(count))
+    samples = (SourceSample(f"text-{index}", [], None, "text", {"text": f"a b{index}"}) for index in range(count))
     return list_shards(packed(folder, samples, max_samples).name, folder.parent)
 
 
@@ -31,12 +32,9 @@ def test_samples_come_back_as_they_were_written(tmp_path):
     assert {sample.key for sample in read} == set(written)
     for sample in read:
         source = written[sample.key]
-        assert (sample.messages, sample.media, sample.media_type, sample.metadata) == (
-            source.messages,
-            source.media,
-            source.media_type,
-            source.metadata,
-        )
+        assert (sample.messages, sample.metadata) == (source.messages, source.metadata)
+        assert tuple(medium.data for medium in sample.media) == source.files
+        assert [medium.type for medium in sample.media] == [source.media_type] * len(source.files)
 
 
 def test_readers_share_the_samples_without_overlap(tmp_path):
@@ -81,7 +79,7 @@ def test_a_shuffle_buffer_is_bounded_by_bytes_too(tmp_path, monkeypatch):
 
     class Counted:
         def __init__(self, key):
-            self.key, self.media = key, bytes(100)
+            self.key, self.media = key, (Medium("video", bytes(100), None),)
 
     def source():
         for key in range(20):
@@ -106,7 +104,7 @@ def test_a_mixture_follows_the_weights_until_every_stream_is_exhausted():
 
 @pytest.mark.parametrize("cut", [0.3, 0.55, 0.8])
 def test_a_shard_cut_short_is_counted_by_name_and_the_rest_is_read(tmp_path, cut):
-    packed(tmp_path / "data", [video(f"v{index}") for index in range(6)], max_samples=3)
+    packed(tmp_path / "data", [video(f"v{index}", number=16 * index) for index in range(6)], max_samples=3)
     shards = list_shards("data", tmp_path)
     data = shards[0].read_bytes()
     size = len(data.rstrip(bytes(1)))  # tars end in zeros
@@ -136,7 +134,7 @@ def test_what_is_no_tar_is_counted_by_name(tmp_path):
 
 
 def test_half_samples_are_counted_by_key(tmp_path):
-    packed(tmp_path / "data", [video(f"v{index}") for index in range(4)])
+    packed(tmp_path / "data", [video(f"v{index}", number=16 * index) for index in range(4)])
     (shard,) = list_shards("data", tmp_path)
     rewrite(shard, lambda name, data: None if name in ("v1.json", "v2.mp4") else (name, data))
     bad = BadSamples()
@@ -159,7 +157,7 @@ def test_half_samples_are_counted_by_key(tmp_path):
     ],
 )
 def test_a_broken_json_is_counted_by_key(tmp_path, text, reason):
-    packed(tmp_path / "data", [video("v0"), video("v1")])
+    packed(tmp_path / "data", [video("v0"), video("v1", number=16)])
     (shard,) = list_shards("data", tmp_path)
     rewrite(shard, lambda name, data: (name, text if name == "v1.json" else data))
     bad = BadSamples()
@@ -168,7 +166,7 @@ def test_a_broken_json_is_counted_by_key(tmp_path, text, reason):
 
 
 def test_names_with_dots_keep_their_samples_apart(tmp_path):
-    packed(tmp_path / "data", [video("v0"), video("v1")])
+    packed(tmp_path / "data", [video("v0"), video("v1", number=16)])
     (shard,) = list_shards("data", tmp_path)
     rewrite(shard, lambda name, data: (f"film.part.{name}", data))
     assert sorted(stream([shard])) == ["film.part.v0", "film.part.v1"]
@@ -185,10 +183,12 @@ def test_shards_are_named_by_a_folder_or_a_brace_pattern(tmp_path):
         list_shards("empty", tmp_path)
 
 
-def test_too_few_shards_for_the_readers_are_refused_with_the_numbers(tmp_path):
+def test_too_few_shards_without_an_index_are_refused_with_the_numbers(tmp_path):
     texts(tmp_path / "data", count=6)
-    with pytest.raises(ConfigError, match=r"'data' has 3 shards for 2 data ranks x 2 loader processes = 4 readers"):
-        make_loader(tmp_path, num_data_ranks=2, workers=2)
+    make_loader(tmp_path, num_data_ranks=4)
+    without_indexes(tmp_path / "data")
+    with pytest.raises(ConfigError, match=r"'data' has 3 shards for 4 data ranks"):
+        make_loader(tmp_path, num_data_ranks=4)
 
 
 def test_too_many_bad_samples_stop_the_run():

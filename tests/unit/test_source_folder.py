@@ -28,8 +28,8 @@ def samples(folder, records, **options):
 
 @pytest.fixture
 def folder(tmp_path):
-    for name in ("a.mp4", "deep/b.mp4"):
-        write(tmp_path / "films" / name, make_video(num_frames=3))
+    for number, name in enumerate(("a.mp4", "deep/b.mp4")):
+        write(tmp_path / "films" / name, make_video(num_frames=3, first_number=number))
     return tmp_path / "films"
 
 
@@ -59,6 +59,14 @@ def test_the_frames_stand_where_the_conversation_says(folder):
     assert sample.messages[0]["content"] == [text("Look:"), PLACE, text("What happens?")]
 
 
+def test_a_line_ends_at_a_line_feed_and_at_nothing_else(folder):
+    turns = [TURNS[0], {"role": "assistant", "content": "one\u2028two\x85three"}]
+    line = json.dumps({"video": "a.mp4", "messages": turns}, ensure_ascii=False)
+    first, second, _ = samples(folder, [line + "\r", line])
+    assert first.messages == second.messages
+    assert first.messages[1]["content"] == [text("one\u2028two\x85three")]
+
+
 def test_the_samples_can_be_packed(folder, tmp_path):
     records = [{"video": "a.mp4", "messages": TURNS}, {"video": "deep/b.mp4", "messages": TURNS}]
     assert write_shards(samples(folder, records), tmp_path / "out").videos == 2
@@ -83,8 +91,20 @@ def test_a_video_that_no_line_names_is_told(folder):
         ({"video": "a.mp4", "messages": [{"role": "user"}, TURNS[1]]}, "a turn has no text"),
         ({"video": "a.mp4", "messages": [{"role": "user", "content": "<video> <video>"}, TURNS[1]]}, "marks 2 places"),
         ({"video": "a.mp4", "messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "neither text, video nor"),
-        ({"video": ["a.mp4", "b.mp4"], "messages": TURNS}, "names 2 media files; a sample has one"),
-        ({"video": 7, "messages": TURNS}, "its media must be a path, not 7"),
+        ({"video": ["a.mp4", 8], "messages": TURNS}, "its media must be a path or a list of paths, not 8"),
+        ({"video": 7, "messages": TURNS}, "its media must be a path or a list of paths, not 7"),
+        (
+            {"video": ["a.mp4", "a.mp4"], "messages": [{"role": "user", "content": "<video>"}, TURNS[1]]},
+            "marks 1 places for its 2 video",
+        ),
+        (
+            {
+                "video": "a.mp4",
+                "image": "a.jpg",
+                "messages": [{"role": "user", "content": "<video> <video>"}, TURNS[1]],
+            },
+            "marks 2 places for its 1 video and 0 places for its 1 image",
+        ),
     ],
 )
 def test_a_line_that_is_no_conversation_is_told(folder, record, reason):

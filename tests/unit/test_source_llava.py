@@ -20,6 +20,7 @@ def turns(question):
 @pytest.fixture
 def media(tmp_path):
     write(tmp_path / "media/coco/1.jpg", make_image(format="JPEG"))
+    write(tmp_path / "media/coco/2.jpg", make_image(7, format="JPEG"))
     write(tmp_path / "media/clips/2.mp4", make_video(num_frames=3))
     return tmp_path / "media"
 
@@ -28,7 +29,7 @@ RECORDS = [
     {"id": "000000033471", "image": "coco/1.jpg", "conversations": turns("<image>\nWhat is it?")},
     {"id": "2", "video": "clips/2.mp4", "data_source": "x", "conversations": turns("<image>\nWhat is it?")},
     {"id": "3", "conversations": turns("What is a bus?")},
-    {"id": "4", "image": ["coco/1.jpg", "coco/1.jpg"], "conversations": turns("<image><image>")},
+    {"id": "4", "image": ["coco/1.jpg", "clips/../coco/2.jpg"], "conversations": turns("<image> or <image>")},
     {"id": "5", "conversations": turns("<image> Which?")},
 ]
 
@@ -47,10 +48,11 @@ def test_images_videos_and_texts_are_read(media, tmp_path, name):
     assert (video.media_type, video.messages[0]["content"][0]) == ("video", {"type": "video"})
     assert video.metadata == {"id": "2", "data_source": "x"}
     assert (text.media_type, text.media) == ("text", None)
-    assert two == BadRecord("record-0000004", "names 2 media files; a sample has one")
+    assert (two.media_type, two.media) == ("image", [media / "coco/1.jpg", media / "clips/../coco/2.jpg"])
+    assert two.messages[0]["content"] == [{"type": "image"}, {"type": "text", "text": "or"}, {"type": "image"}]
     assert placeless == BadRecord("5-0000005", "marks a place for media and names no file ('video' or 'image')")
     report = write_shards([image, video, text, two, placeless], tmp_path / "out")
-    assert (report.images, report.videos, report.texts, len(report.bad)) == (1, 1, 1, 2)
+    assert (report.images, report.videos, report.texts, len(report.bad)) == (3, 1, 1, 1)
 
 
 def test_files_of_another_form_are_refused_by_name(media, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -75,6 +76,8 @@ def make_video(
             frame.time_base = Fraction(1, fps)
             output.mux(stream.encode(frame))
         output.mux(stream.encode(None))
+    # SVT-AV1, run as root, leaves its caller at real-time priority: ranks forked from it would starve all else.
+    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     data = file.read_bytes()
     shutil.rmtree(file.parent)
     return data

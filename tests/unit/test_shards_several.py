@@ -1,0 +1,206 @@
+"""Samples of several videos and images: packed, indexed, read, shared out, shortened, and damaged in one medium."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from longvila.errors import DataError
+from longvila.media import read_subtitles
+from longvila.shards import BadRecord, SourceSample, write_shards
+from longvila.shards.check import check_shards
+from longvila.shards.conversations import to_sample
+from longvila.shards.index import read_index
+from longvila.shards.sample import split_name
+
+from .shards_parts import FRAME, FRAME_TOKENS, keys, make_loader, rows_of, video, without_indexes
+from .video_fixtures import make_image, make_video, read_number
+
+
+def mixed(key="mixed", first=3, last=4):
+    """A film from number 0, a picture, and a film from number 100."""
+    content = [
+        {"type": "video"}, {"type": "text", "text": "then"}, {"type": "image"}, {"type": "text", "text": "or"},
+        {"type": "video"},
+    ]  # fmt: skip
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "the last"}]
+    media = [make_video(first, fps=1), make_image(2000), make_video(last, fps=1, first_number=100)]
+    return SourceSample(key, messages, media, "mixed")
+
+
+def pictures(key="pictures", count=4):
+    content = [{"type": "image"}] * count
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "all of them"}]
+    return SourceSample(key, messages, [make_image(3000 + number) for number in range(count)], "image")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    report = write_shards([mixed(), pictures(), video("plain", 4, 500)], tmp_path / "data")
+    assert (report.samples, report.videos, report.images) == (3, 3, 5)
+    return tmp_path
+
+
+NUMBERS = {
+    "mixed": [0, 1, 2, 2000, 100, 101, 102, 103],
+    "pictures": [3000, 3001, 3002, 3003],
+    "plain": [500, 501, 502, 503],
+}
+
+
+def test_members_are_numbered_and_keys_stay_whole():
+    assert split_name("film.part.media12.jpg") == ("film.part", "media12.jpg")
+    assert split_name("film.part.mp4") == ("film.part", "mp4")
+    assert split_name("film.mediaX.mp4") == ("film.mediaX", "mp4")
+    assert split_name("plain") == (None, None)
+
+
+def test_the_index_lists_every_medium(folder):
+    index = read_index(folder / "data" / "shard-000000.tar")
+    assert index is not None
+    entry = index.entries[0]
+    assert set(entry.members) == {"json", "media0.mp4", "media1.png", "media2.mp4"}
+    first, picture, last = entry.media
+    assert (first.num_frames, picture, last.num_frames) == (3, None, 4)
+    assert check_shards(folder / "data").faults == []
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_frames_come_in_the_order_of_their_places(folder, indexed):
+    if not indexed:
+        without_indexes(folder / "data")
+    rows = rows_of(make_loader(folder, row_tokens=60))
+    assert sorted(keys(rows)) == sorted(NUMBERS)
+    for row in rows:
+        frames = iter(row.frames)
+        for key, num_frames in zip(row.keys, row.num_frames, strict=True):
+            assert [read_number(next(frames)) for _ in range(num_frames)] == NUMBERS[key]
+        assert (row.input_ids == FRAME).sum() == FRAME_TOKENS * len(row.frames)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+def test_ranks_share_the_frames_of_all_media(folder, ranks):
+    whole = rows_of(make_loader(folder, row_tokens=60))
+    shares = [
+        rows_of(make_loader(folder, row_tokens=60, sequence_rank=rank, num_sequence_ranks=ranks))
+        for rank in range(ranks)
+    ]
+    for row, *parts in zip(whole, *shares, strict=True):
+        assert torch.equal(torch.cat([part.frames for part in parts]), row.frames)
+
+
+def test_the_longest_videos_lose_frames_first(tmp_path):
+    write_shards([mixed(first=3, last=20)], tmp_path / "data")
+    loader = make_loader(tmp_path, row_tokens=34)  # 4 words, and 10 frames of 3 tokens
+    (row,) = rows_of(loader)
+    numbers = [read_number(frame) for frame in row.frames]
+    assert numbers[:4] == [0, 1, 2, 2000]
+    assert numbers[4:] == [101, 105, 108, 111, 115, 118]
+    assert loader.bad.shortened == 1
+
+
+@pytest.mark.parametrize(
+    ("row_tokens", "reason"), [(12, "its text has 4 tokens and 3 frames 9, more than a row of 12")]
+)
+def test_what_does_not_fit_with_a_frame_each_is_refused(tmp_path, row_tokens, reason):
+    write_shards([mixed()], tmp_path / "data")
+    loader = make_loader(tmp_path, row_tokens=row_tokens)
+    assert rows_of(loader) == []
+    assert loader.bad.listed == {"mixed": reason}
+    (row,) = rows_of(make_loader(tmp_path, row_tokens=13))
+    assert len(row.frames) == 3
+
+
+def test_one_damaged_medium_drops_its_sample_alone(folder):
+    shard = folder / "data" / "shard-000000.tar"
+    entry = read_index(shard).entries[0]
+    offset, size = entry.members["media2.mp4"]
+    data = bytearray(shard.read_bytes())
+    data[offset : offset + size] = bytes(size)
+    shard.write_bytes(data)
+    rows = rows_of(make_loader(folder, row_tokens=60))
+    assert {row.keys[document] for row in rows for document, _ in row.failed} == {"mixed"}
+    assert any("mixed" in where for where, _ in check_shards(folder / "data").faults)
+
+
+def test_a_pack_says_which_medium_it_cannot_use(tmp_path):
+    broken = mixed("broken")
+    broken.media[1] = b"no picture"
+    short = mixed("short")
+    del short.media[2]
+    plain = mixed("plain")
+    report = write_shards([broken, short, plain], tmp_path / "data")
+    assert report.samples == 1
+    assert "cannot be read as an image" in report.bad["broken"]
+    assert "must mark the place of 2 media (video or image)" in report.bad["short"]
+
+
+def test_records_name_several_media(tmp_path):
+    turns = [{"from": "human", "value": "<image> <video> and <image>"}, {"from": "gpt", "value": "yes"}]
+    found = to_sample({"image": ["a.jpg", "b.jpg"], "video": "c.mp4", "conversations": turns}, 1, tmp_path)
+    assert isinstance(found, SourceSample)
+    assert found.media_type == "mixed"
+    assert found.media == [tmp_path / "a.jpg", tmp_path / "c.mp4", tmp_path / "b.jpg"]
+    unmarked = [{"from": "human", "value": "which?"}, {"from": "gpt", "value": "yes"}]
+    found = to_sample({"video": ["c.mp4", "d.mp4"], "conversations": unmarked}, 1, tmp_path)
+    assert found.media == [tmp_path / "c.mp4", tmp_path / "d.mp4"]
+    assert [part["type"] for part in found.messages[0]["content"]] == ["video", "video", "text"]
+
+
+SRT = """\ufeff1\r
+00:00:01,500 --> 00:00:03,000\r
+<i>A cat</i>\r
+jumps.\r
+\r
+2\r
+01:02:03,004 --> 01:02:05,000 X1:0\r
+It sleeps."""
+VTT = """WEBVTT
+
+00:01.5 --> 00:03.000
+A cat jumps.
+
+00:04.000 --> 00:05.000
+
+
+1:02:03.004 --> 1:02:05.000
+It sleeps.
+"""
+
+
+@pytest.mark.parametrize(("name", "text"), [("a.srt", SRT), ("a.vtt", VTT)])
+def test_subtitles_stand_behind_their_video_with_their_times(tmp_path, name, text):
+    (tmp_path / name).write_bytes(text.encode())
+    turns = [{"from": "human", "value": "See <video> and say"}, {"from": "gpt", "value": "yes"}]
+    found = to_sample({"video": "c.mp4", "subtitles": name, "conversations": turns}, 1, tmp_path)
+    assert [part.get("text", part["type"]) for part in found.messages[0]["content"]] == [
+        "See", "video",
+        "This video's subtitles are listed below:\n[00:01.5] A cat jumps.\n[62:03.0] It sleeps.", "and say",
+    ]  # fmt: skip
+    assert found.metadata == {"subtitles": name}
+    assert [(each.begin, each.end) for each in read_subtitles(tmp_path / name)] == [(1.5, 3.0), (3723.004, 3725.0)]
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"video": "c.mp4", "subtitles": "gone.srt"}, "gone.srt: No such file"),
+        ({"video": "c.mp4", "subtitles": "empty.srt"}, "empty.srt holds no subtitle"),
+        ({"video": ["c.mp4", "d.mp4"], "subtitles": "empty.srt"}, "one path for its one video, not empty.srt for 2"),
+        ({"image": "c.jpg", "subtitles": "empty.srt"}, "one path for its one video, not empty.srt for 0"),
+        ({"video": "c.mp4", "subtitles": 3}, "one path for its one video, not 3 for 1"),
+    ],
+)
+def test_subtitles_that_cannot_be_used_are_told(tmp_path, record, reason):
+    (tmp_path / "empty.srt").write_text("no times here")
+    turns = [{"from": "human", "value": "say"}, {"from": "gpt", "value": "yes"}]
+    found = to_sample({**record, "conversations": turns}, 1, tmp_path)
+    assert isinstance(found, BadRecord)
+    assert reason in found.reason
+
+
+def test_media_that_are_not_numbered_are_refused(folder):
+    from longvila.shards.sample import from_members
+
+    with pytest.raises(DataError, match=r"has 2 media files that are not numbered: jpg, mp4"):
+        from_members("k", {"jpg": b"", "mp4": b"", "json": b"{}"})
