@@ -56,8 +56,9 @@ class Tiled(nn.Module):
             return super().forward(hidden)
         if torch.is_autocast_enabled(hidden.device.type):
             raise ConfigError(f"{type(self).__name__} runs under autocast; use apply_folds(precision='bf16') instead")
-        kept: Any = _Keep.apply(hidden, torch.empty(0, requires_grad=True))
-        return _Tiles.apply(hidden, kept.grad_fn, super().forward, self, *_trained(self))  # type: ignore[return-value]
+        # In a list: as an argument of its own, autograd would run its backward.
+        kept = [_Keep.apply(hidden, torch.empty(0, requires_grad=True))]
+        return _Tiles.apply(hidden, kept, super().forward, self, *_trained(self))  # type: ignore[return-value]
 
 
 class _Keep(torch.autograd.Function):
@@ -81,7 +82,7 @@ class _Tiles(torch.autograd.Function):
     """`run` on tiles of `hidden`. Trained parameters are arguments so that autograd asks for their gradients."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, kept: Any, run: Callable[[Tensor], Tensor], module: Tiled, *_trained) -> Tensor:
+    def forward(ctx, hidden: Tensor, kept: list[Any], run: Callable[[Tensor], Tensor], module: Tiled, *_trained) -> Tensor:
         ctx.kept, ctx.run, ctx.module = kept, run, module
         out = None
         for start, tile in _tiles(hidden, module.tile_tokens):
@@ -96,7 +97,7 @@ class _Tiles(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads: Tensor):
-        (hidden,), module = ctx.kept.saved_tensors, ctx.module
+        (hidden,), module = ctx.kept[0].grad_fn.saved_tensors, ctx.module
         # The parameters of now: between forward and backward, FSDP2 puts others in their place.
         parameters = _trained(module)
         needs_hidden = ctx.needs_input_grad[0]
@@ -123,35 +124,43 @@ class _Tiles(torch.autograd.Function):
 
 
 class _Operators(TorchDispatchMode):
-    """Lists the operators that a tile takes, and leaves out the one numbered `skip`: its result stays undefined.
+    """Counts the matrix products that a tile takes, and leaves out the one numbered `skip`: its result stays undefined.
 
     Gradients of a matrix product need what went into it, not what came out. An MLP's last product is therefore not
     computed again: a ninth of its work in a step.
+
+    By products and not by operators: what lies between them differs between torch's releases, and within one between
+    forward and backward, as does whether a product is one of matrices or of batches of them.
     """
 
     def __init__(self, skip: int | None = None) -> None:
         super().__init__()
-        self._skip, self._seen = skip, []
+        self._skip, self._products, self._ends_in_one = skip, 0, False
 
     def last_product(self) -> int | None:
         """The number of the matrix product that only views of its result follow, if the tile ends in one."""
-        for number in reversed(range(len(self._seen))):
-            if self._seen[number] in _PRODUCTS:
-                return number
-            if not self._seen[number].is_view and self._seen[number] is not aten._unsafe_view.default:
-                return None
-        return None
+        return self._products - 1 if self._ends_in_one else None
+
+    def __exit__(self, kind, error, trace) -> None:
+        super().__exit__(kind, error, trace)
+        if kind is None and self._skip is not None and self._products != self._skip + 1:
+            raise AssertionError(
+                f"a tile took {self._skip + 1} matrix products forward and {self._products} when computed again"
+            )
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self._seen.append(func)
-        if len(self._seen) - 1 == self._skip:
+        if func not in _PRODUCTS:
+            self._ends_in_one &= func.is_view or func is aten._unsafe_view.default
+            return func(*args, **(kwargs or {}))
+        self._products, self._ends_in_one = self._products + 1, True
+        if self._products - 1 == self._skip:
             left, right = args[-2:]
-            return left.new_empty((left.shape[0], right.shape[1]))
+            return left.new_empty((*left.shape[:-1], right.shape[-1]))
         return func(*args, **(kwargs or {}))
 
 
 aten = torch.ops.aten
-_PRODUCTS = (aten.mm.default, aten.addmm.default)
+_PRODUCTS = (aten.mm.default, aten.addmm.default, aten.bmm.default)
 
 
 def _tiles(hidden: Tensor, size: int) -> Iterable[tuple[int, Tensor]]:

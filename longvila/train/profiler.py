@@ -42,7 +42,7 @@ class StepProfiler:
         """Call before step `step` (from 1)."""
         if self._steps is not None and step == self._steps[0]:
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
-            self._recorder = profile(activities=activities)
+            self._recorder = profile(activities=activities, acc_events=True)  # else torch 2.11 warns of cycles
             self._recorder.start()
 
     def after(self, step: int) -> None:
