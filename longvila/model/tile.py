@@ -82,7 +82,9 @@ class _Tiles(torch.autograd.Function):
     """`run` on tiles of `hidden`. Trained parameters are arguments so that autograd asks for their gradients."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, kept: list[Any], run: Callable[[Tensor], Tensor], module: Tiled, *_trained) -> Tensor:
+    def forward(
+        ctx, hidden: Tensor, kept: list[Any], run: Callable[[Tensor], Tensor], module: Tiled, *_trained
+    ) -> Tensor:
         ctx.kept, ctx.run, ctx.module = kept, run, module
         out = None
         for start, tile in _tiles(hidden, module.tile_tokens):
@@ -112,9 +114,8 @@ class _Tiles(torch.autograd.Function):
             del part
             if grad_hidden is not None:
                 grad_hidden.narrow(-2, start, tile.shape[-2]).copy_(found.pop(0))
-            if (
-                not totals
-            ):  # in fp32 at least: a sum over tiles in bf16 would cost more accuracy than the tiles themselves
+            if not totals:
+                # In fp32 at least: a sum over tiles in bf16 would cost more accuracy than the tiles themselves.
                 totals = [one.to(torch.promote_types(one.dtype, torch.float32)) for one in found]
             else:
                 for total, one in zip(totals, found, strict=True):
