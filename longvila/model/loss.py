@@ -18,10 +18,11 @@ from transformers import PreTrainedModel
 from longvila.errors import ConfigError
 
 IGNORE = -100
-LOGIT_BYTES = 64 * 2**20
-"""Of one chunk's logits in fp32. Two such tensors exist at a time: logits and their gradient. 64 MiB are
-110 targets of 152 thousand words: enough for matrix products at full speed, and little beside the gradient of an output
-matrix (152 thousand words x 1024 are 622 MB), which is added to once for each chunk."""
+LOGIT_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
+"""Of one chunk's logits in fp32, by device. Two such tensors exist at a time: logits and their gradient. 64 MiB are
+110 targets of 152 thousand words: enough for a CPU's matrix products, and little beside the gradient of an output
+matrix (152 thousand words x 3584 are 2.2 GB), which each chunk reads and writes once. A GPU multiplies so much faster
+than it reads that this would take it longer than the products themselves: it takes 882 targets at a time."""
 FEWEST_TARGETS = 32
 
 
@@ -47,7 +48,8 @@ class LogitHead:
     @property
     def chunk(self) -> int:
         """Targets whose logits exist at one time, so that they take `LOGIT_BYTES`."""
-        return max(FEWEST_TARGETS, LOGIT_BYTES // (4 * self.linear.weight.shape[0]))
+        weight = self.linear.weight
+        return max(FEWEST_TARGETS, LOGIT_BYTES.get(weight.device.type, LOGIT_BYTES["cpu"]) // (4 * weight.shape[0]))
 
     def __call__(self, hidden: Tensor) -> Tensor:
         return self.finish(self.linear(hidden))
@@ -161,6 +163,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_hidden[some] = grad @ weight
             if grad_weight is not None and wide == grad.dtype:
                 grad_weight.addmm_(grad.T, part)
+            elif grad_weight is not None and grad.is_cuda:  # the product is added unrounded, and never written out
+                torch.addmm(grad_weight, grad.T, part, out_dtype=wide, out=grad_weight)
             elif grad_weight is not None:
                 grad_weight += grad.T @ part
             if grad_bias is not None:

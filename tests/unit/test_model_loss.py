@@ -120,6 +120,27 @@ def test_bf16_hidden_states_give_an_fp32_loss():
     assert loss.dtype == torch.float32
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_adds_chunks_without_rounding_them():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(600, 64).bfloat16(), torch.randn(96, 64).bfloat16()
+    labels = torch.randint(0, 96, (600,))
+    found = []
+    for device, dtype, chunk in (
+        ("cpu", torch.float64, 600),
+        ("cuda", torch.bfloat16, 600),
+        ("cuda", torch.bfloat16, 8),
+    ):
+        linear = torch.nn.Linear(64, 96, bias=False, device=device, dtype=dtype)
+        linear.weight.data.copy_(weight)
+        chunked_cross_entropy(hidden.to(device, dtype), labels.to(device), linear, chunk)[0].backward()
+        assert linear.weight.grad is not None
+        found.append(linear.weight.grad.cpu().double())
+    exact, whole, chunks = found
+    errors = [((one - exact).abs().max() / exact.abs().max()).item() for one in (whole, chunks)]
+    assert errors[1] < 1.1 * errors[0] < 0.02
+
+
 @pytest.mark.parametrize(
     "model",
     [
