@@ -15,10 +15,12 @@ import torch.distributed as dist
 from av.codec import Codec
 from av.codec.codec import UnknownCodecError
 
+from longvila.parallel.kernel import flash_attention_4
+
 ABSENT = "not installed"
 
 PACKAGES = ("transformers", "open_clip_torch", "webdataset", "peft", "av")
-OPTIONAL_PACKAGES = ("flash-attn", "decord", "deepspeed", "gguf")
+OPTIONAL_PACKAGES = ("flash-attn-4", "decord", "deepspeed", "gguf")
 DECODERS = ("h264", "hevc", "vp9", "av1")
 ENCODER = "libx264"
 
@@ -76,7 +78,9 @@ def choices() -> Section:
         "device": f"{gpus} x cuda" if gpus else "cpu",
         "backend": "nccl" if gpus else "gloo",
         "precision": "bf16 for scales 1.5b and 7b, fp32 for tiny and small",
-        "attention": "torch's flash attention for " + ("CUDA" if gpus else "the CPU"),
+        "attention": "FlashAttention 4 for head dims 64 and 128, torch's FlashAttention 2 for others"
+        if flash_attention_4()
+        else "torch's flash attention for " + ("CUDA" if gpus else "the CPU"),
         "engine": "FSDP2",
         "decoder": "PyAV",
         "ranks": f"torchrun --nproc-per-node {gpus}"

@@ -153,6 +153,9 @@ def _context_attention(
     """Step 2: attention of the heads at hand over all context ranks. Returns out, and lse in the accumulation type."""
     folded = _by_handle[handle]
     program = folded.plan.program(folded.fold.part, Mask(causal, window))
+    if block := program.only_launch:  # nothing to add up: no sums in fp32, no passes over them
+        out, lse = block_forward(q, k, v, block.kind, scale, block.cuts)
+        return out.contiguous(), lse.contiguous()
     held: Held = {("keys", program.rank): (k, v), ("queries", program.rank): (q,)}
     mine = _Answer(q)
 
@@ -171,10 +174,10 @@ def _context_attention(
                 answer = _Answer(queries)
                 answers.open(step.owner, answer.tensors)
             with timed(f"ns step {index}"):
-                for task in step.tasks:
+                for task in step.launches:
                     rows, columns = slice(*task.q), slice(*task.k)
                     block = block_forward(
-                        queries[:, :, rows], keys[:, :, columns], values[:, :, columns], task.kind, scale
+                        queries[:, :, rows], keys[:, :, columns], values[:, :, columns], task.kind, scale, task.cuts
                     )
                     answer.add(task.q, *block)
         answers.move(index)
@@ -196,6 +199,9 @@ def _context_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     folded = _by_handle[handle]
     program = folded.plan.program(folded.fold.part, Mask(causal, window))
+    if block := program.only_launch:
+        dq, dk, dv = block_backward(grad_out, q, k, v, out, lse, block.kind, scale, block.cuts)
+        return dq.contiguous(), dk.contiguous(), dv.contiguous()
     held: Held = {("keys", program.rank): (k, v), ("queries", program.rank): (grad_out, q, out, lse)}
     dq, dk, dv = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (q, k, v))
 
@@ -216,11 +222,11 @@ def _context_attention_backward(
                 (dqueries,) = query_returns.open(step.owner, (_zeros(queries, lse.dtype),))
             elif step.owner != program.rank:
                 dkeys, dvalues = key_returns.open(step.owner, (_zeros(keys, lse.dtype), _zeros(values, lse.dtype)))
-            for task in step.tasks:
+            for task in step.launches:
                 rows, columns = slice(*task.q), slice(*task.k)
                 block = block_backward(
                     grads[:, :, rows], queries[:, :, rows], keys[:, :, columns], values[:, :, columns],
-                    outs[:, :, rows], lses[:, :, rows], task.kind, scale,
+                    outs[:, :, rows], lses[:, :, rows], task.kind, scale, task.cuts,
                 )  # fmt: skip
                 absorb((dqueries[:, :, rows], dkeys[:, :, columns], dvalues[:, :, columns]), block)
         key_returns.move(index)

@@ -10,7 +10,9 @@ A block of queries x keys is one of three kinds:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 Span = tuple[int, int]
@@ -33,12 +35,30 @@ class Block:
     q: Span
     k: Span
     kind: Kind
+    cuts: tuple[int, ...] = ()
+    """Of several `causal` squares laid end to end: where each begins, from 0, and where the last ends."""
 
     @property
     def work(self) -> int:
         """Query-key pairs computed."""
         rows, columns = self.q[1] - self.q[0], self.k[1] - self.k[0]
+        if self.cuts:
+            return sum((stop - start) * (stop - start + 1) // 2 for start, stop in pairwise(self.cuts))
         return rows * columns if self.kind == "full" else rows * (rows + 1) // 2
+
+
+def join_squares(blocks: Iterable[Block]) -> list[Block]:
+    """Causal squares that follow one another without a gap become one block: one launch for many documents."""
+    joined: list[Block] = []
+    for block in blocks:
+        last = joined[-1] if joined else None
+        if last and last.kind == block.kind == "causal" and (last.q[1], last.k[1]) == (block.q[0], block.k[0]):
+            cuts = last.cuts or (0, last.q[1] - last.q[0])
+            q, k = (last.q[0], block.q[1]), (last.k[0], block.k[1])
+            joined[-1] = Block(q, k, "causal", (*cuts, q[1] - q[0]))
+        else:
+            joined.append(block)
+    return joined
 
 
 def visible_blocks(q: Span, k: Span, mask: Mask) -> list[Block]:

@@ -7,6 +7,12 @@ multiple of key/value heads. What the kinds of blocks mean is said in `blocks.py
 
 from __future__ import annotations
 
+from functools import lru_cache
+from importlib import import_module
+from importlib.util import find_spec
+from itertools import pairwise
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,72 +22,152 @@ from longvila.parallel.traffic import count
 
 aten = torch.ops.aten
 
+FLASH_4_DIMS = (64, 128)
+"""Head dims that go to FlashAttention 4: those whose gradients were seen to be right on a GPU. Of several squares in one
+launch, version 4.0.0b36 gives wrong ones at 16, without an error. All others go to torch's FlashAttention 2."""
 
-def block_forward(q: Tensor, k: Tensor, v: Tensor, kind: Kind, scale: float) -> tuple[Tensor, Tensor]:
+
+def block_forward(
+    q: Tensor, k: Tensor, v: Tensor, kind: Kind, scale: float, cuts: tuple[int, ...] = ()
+) -> tuple[Tensor, Tensor]:
     """Attention of one block.
 
     Args:
         q: (1, Hq, Tq, D); k, v: (1, Hkv, Tk, D).
         kind: `causal` and `edge` blocks are square.
         scale: factor of the scores.
+        cuts: of several `causal` squares end to end, where each begins, from 0, and where the last ends; a GPU takes
+            them all in one launch.
 
     Returns:
         out (1, Hq, Tq, D) in the type of q, and lse (1, Hq, Tq) in fp32 (fp64 for fp64).
 
     Raises:
-        ConfigError: on a GPU for a type other than bf16 and fp16, which flash attention does not take.
+        ConfigError: on a GPU for what flash attention does not take: types other than bf16 and fp16, and head dims
+            above 256 or not a multiple of 8.
     """
-    count("kernel forward")
     if kind == "edge":
-        out, lse = _forward(q.flip(2), k.flip(2), v.flip(2), True, scale)
+        out, lse = _forward(q.flip(2), k.flip(2), v.flip(2), True, scale, ())
         return out.flip(2), lse.flip(2)
-    return _forward(q, k, v, kind == "causal", scale)
+    return _forward(q, k, v, kind == "causal", scale, cuts)
 
 
 def block_backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, kind: Kind, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, kind: Kind, scale: float,
+    cuts: tuple[int, ...] = (),
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of one block with respect to q, k and v, given `out` and `lse` of the whole row for these queries."""
-    count("kernel backward")
+    tensors = (grad_out, q, k, v, out, lse)
     if kind == "edge":
-        flipped = [x.flip(2) for x in (grad_out, q, k, v, out, lse)]
-        dq, dk, dv = _backward(*flipped, causal=True, scale=scale)  # type: ignore[misc]
+        dq, dk, dv = _backward(tuple(x.flip(2) for x in tensors), True, scale, ())
         return dq.flip(2), dk.flip(2), dv.flip(2)
-    return _backward(grad_out, q, k, v, out, lse, kind == "causal", scale)
+    return _backward(tensors, kind == "causal", scale, cuts)
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    if q.device.type == "cpu":
-        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
-    _check_gpu_type(q)
-    k, v = _repeat_heads(k, q), _repeat_heads(v, q)
-    out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)
-    return out, lse
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, cuts: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    if q.device.type == "cuda":
+        count("kernel forward")
+        return _cuda_forward(q, k, v, causal, scale, cuts)
+    pieces = []
+    for span in pairwise(cuts or (0, None)):
+        count("kernel forward")
+        piece = [x[:, :, slice(*span)] for x in (q, k, v)]
+        pieces.append(aten._scaled_dot_product_flash_attention_for_cpu(*piece, 0.0, causal, scale=scale))
+    return _end_to_end(pieces)  # type: ignore[return-value]
 
 
 def _backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
+    tensors: tuple[Tensor, ...], causal: bool, scale: float, cuts: tuple[int, ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if q.device.type == "cpu":
-        return aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad_out, q, k, v, out, lse, 0.0, causal, scale=scale
-        )
-    heads, seed = k.shape[1], torch.zeros((), dtype=torch.int64, device=q.device)
-    dq, dk, dv = aten._scaled_dot_product_flash_attention_backward(
-        grad_out.contiguous(), q, _repeat_heads(k, q), _repeat_heads(v, q), out.contiguous(), lse.contiguous(),
-        None, None, q.shape[2], k.shape[2], 0.0, causal, seed, seed, scale=scale,
-    )  # fmt: skip
-    return dq, _sum_heads(dk, heads), _sum_heads(dv, heads)
+    if tensors[0].device.type == "cuda":
+        count("kernel backward")
+        return _cuda_backward(*tensors, causal=causal, scale=scale, cuts=cuts)  # type: ignore[misc]
+    pieces = []
+    for span in pairwise(cuts or (0, None)):
+        count("kernel backward")
+        piece = [x[:, :, slice(*span)] for x in tensors]
+        pieces.append(aten._scaled_dot_product_flash_attention_for_cpu_backward(*piece, 0.0, causal, scale=scale))
+    return _end_to_end(pieces)  # type: ignore[return-value]
 
 
-def _check_gpu_type(q: Tensor) -> None:
+def _end_to_end(pieces: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Each result of all pieces, along their tokens."""
+    return pieces[0] if len(pieces) == 1 else tuple(torch.cat(parts, dim=2) for parts in zip(*pieces, strict=True))
+
+
+def _cuda_forward(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, cuts: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    dim = q.shape[3]
     if q.dtype not in (torch.bfloat16, torch.float16):
         raise ConfigError(f"flash attention on a GPU takes bf16 or fp16, not {q.dtype}; set precision=bf16")
+    if dim % 8 or dim > 256:
+        raise ConfigError(f"flash attention on a GPU takes head dims that are multiples of 8 up to 256, not {dim}")
+    ends, longest = _ends(cuts, q, k)
+    inputs = [_tokens_first(x, cuts) for x in (q, k, v)]
+    if (four := flash_attention_4()) and dim in FLASH_4_DIMS:
+        out, lse, *_ = four._flash_attn_fwd(
+            *inputs, softmax_scale=scale, causal=causal, cu_seqlens_q=ends, cu_seqlens_k=ends,
+            max_seqlen_q=longest[0], max_seqlen_k=longest[1], return_lse=True,
+        )  # fmt: skip
+    else:
+        out, lse, *_ = aten._flash_attention_forward(*inputs, ends, ends, *longest, 0.0, causal, False, scale=scale)
+    return _heads_first(out, cuts), lse.view(1, q.shape[1], q.shape[2])
 
 
-def _repeat_heads(x: Tensor, q: Tensor) -> Tensor:
-    return x if x.shape[1] == q.shape[1] else x.repeat_interleave(q.shape[1] // x.shape[1], dim=1)
+def _cuda_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    causal: bool, scale: float, cuts: tuple[int, ...],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    ends, longest = _ends(cuts, q, k)
+    grad_out, q, k, v, out = (_tokens_first(x, cuts) for x in (grad_out, q, k, v, out))
+    lse = (lse[0] if cuts else lse).contiguous()
+    if (four := flash_attention_4()) and q.shape[-1] in FLASH_4_DIMS:
+        grads = four._flash_attn_bwd(
+            q, k, v, out.contiguous(), grad_out.contiguous(), lse, softmax_scale=scale, causal=causal,
+            cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlen_q=longest[0], max_seqlen_k=longest[1],
+        )  # fmt: skip
+    else:
+        seed = torch.zeros((), dtype=torch.int64, device=q.device)
+        grads = aten._flash_attention_backward(
+            grad_out, q, k, v, out, lse, ends, ends, *longest, 0.0, causal, seed, seed, scale=scale
+        )
+    return tuple(_heads_first(grad, cuts) for grad in grads[:3])
 
 
-def _sum_heads(grad: Tensor, heads: int) -> Tensor:
-    return grad if grad.shape[1] == heads else grad.unflatten(1, (heads, -1)).sum(2)
+@lru_cache(maxsize=1)
+def flash_attention_4() -> Any:
+    """FlashAttention 4's kernels, where its package is installed and the GPU is a Hopper or a Blackwell; else None.
+
+    Called by the names by which torch.nn.attention calls them: those that return and take the log-sum-exp.
+    """
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] not in (9, 10):
+        return None
+    if not find_spec("flash_attn") or not find_spec("flash_attn.cute"):
+        return None
+    return import_module("flash_attn.cute.interface")
+
+
+def _ends(cuts: tuple[int, ...], q: Tensor, k: Tensor) -> tuple[Tensor | None, tuple[int, int]]:
+    """FlashAttention's cumulative lengths and its longest of queries and keys."""
+    if not cuts:
+        return None, (q.shape[2], k.shape[2])
+    longest = max(stop - start for start, stop in pairwise(cuts))
+    return _on_device(cuts, q.device), (longest, longest)
+
+
+@lru_cache(maxsize=64)
+def _on_device(cuts: tuple[int, ...], device: torch.device) -> Tensor:
+    """Kept, since every layer asks for them again."""
+    return torch.tensor(cuts, dtype=torch.int32, device=device)
+
+
+def _tokens_first(x: Tensor, cuts: tuple[int, ...]) -> Tensor:
+    """(1, H, T, D) -> (1, T, H, D), or (T, H, D) of several squares: FlashAttention's order, without a copy."""
+    return x[0].transpose(0, 1) if cuts else x.transpose(1, 2)
+
+
+def _heads_first(x: Tensor, cuts: tuple[int, ...]) -> Tensor:
+    return x.transpose(0, 1)[None] if cuts else x.transpose(1, 2)

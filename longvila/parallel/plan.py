@@ -20,7 +20,7 @@ from itertools import accumulate
 from typing import Literal, NamedTuple
 
 from longvila.errors import ConfigError, DataError
-from longvila.parallel.blocks import Block, Mask, Span, visible_blocks
+from longvila.parallel.blocks import Block, Mask, Span, join_squares, visible_blocks
 
 Link = Literal["inner", "outer"]
 Cargo = Literal["keys", "queries"]
@@ -69,6 +69,11 @@ class Step:
         """Query-key pairs."""
         return sum(task.work for task in self.tasks)
 
+    @cached_property
+    def launches(self) -> tuple[Block, ...]:
+        """The tasks as kernels are called for them."""
+        return tuple(join_squares(self.tasks))
+
 
 @dataclass(frozen=True)
 class Program:
@@ -90,6 +95,13 @@ class Program:
     def steps_at(self, index: int) -> list[Step]:
         """The step at `index`, if there is one."""
         return [step for step in self.steps if step.index == index]
+
+    @property
+    def only_launch(self) -> Block | None:
+        """The kernel call that is all there is to do, if one is. It is over all its tokens: each sees itself."""
+        if self.fetches or self.returns or len(self.steps) != 1 or len(self.steps[0].launches) != 1:
+            return None
+        return self.steps[0].launches[0]
 
 
 class Plan:

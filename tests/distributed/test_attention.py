@@ -133,12 +133,17 @@ def _lse_in_bf16():
 
 def _wrong_scale_in_the_backward():
     real = attention.block_backward
-    attention.block_backward = lambda *arguments: real(*arguments[:-1], 1.1 * arguments[-1])
+    attention.block_backward = lambda *arguments: real(*arguments[:-2], 1.1 * arguments[-2], arguments[-1])
 
 
 def _forget_the_windows_edge():
     real = attention.block_forward
-    attention.block_forward = lambda q, k, v, kind, scale: real(q, k, v, "full" if kind == "edge" else kind, scale)
+    attention.block_forward = lambda q, k, v, kind, *rest: real(q, k, v, "full" if kind == "edge" else kind, *rest)
+
+
+def _forget_where_documents_end():
+    real = attention.block_forward
+    attention.block_forward = lambda *arguments: real(*arguments[:-1], ())
 
 
 def _wrong_key_head():
@@ -153,6 +158,7 @@ FAULTS = {
     _lse_in_bf16: ParallelConfig(inner=2),
     _wrong_scale_in_the_backward: ParallelConfig(inner=2),
     _forget_the_windows_edge: ParallelConfig(inner=2),
+    _forget_where_documents_end: ParallelConfig(inner=2),
     _wrong_key_head: ParallelConfig(head=2),
 }
 

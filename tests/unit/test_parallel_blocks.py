@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from longvila.parallel.blocks import Mask, visible_blocks
+from longvila.parallel.blocks import Block, Mask, join_squares, visible_blocks
 
 
 def pairs(block):
@@ -42,3 +42,21 @@ def test_blocks_are_exactly_what_is_visible(mask):
             found = [pair for block in blocks for pair in pairs(block)]
             assert len(found) == len(set(found)) == sum(block.work for block in blocks)
             assert set(found) == visible(q, k, mask)
+
+
+def test_causal_squares_end_to_end_become_one_launch():
+    documents = [Block((a, b), (a, b), "causal") for a, b in ((0, 3), (3, 4), (4, 9))]
+    (joined,) = join_squares(documents)
+    assert (joined.q, joined.k, joined.cuts) == ((0, 9), (0, 9), (0, 3, 4, 9))
+    assert joined.work == sum(block.work for block in documents)
+
+
+@pytest.mark.parametrize("other", [
+    Block((4, 6), (4, 6), "causal"),  # a gap
+    Block((3, 6), (4, 7), "causal"),  # queries follow, keys do not
+    Block((3, 6), (3, 6), "full"),
+    Block((3, 6), (3, 6), "edge"),
+])  # fmt: skip
+def test_other_blocks_are_launched_by_themselves(other):
+    first = Block((0, 3), (0, 3), "causal")
+    assert join_squares([first, other]) == [first, other]
