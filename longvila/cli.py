@@ -404,6 +404,14 @@ def train_(
     _report(run(quick, budget, _print_table), json_)
 
 
+@functools.partial(verb, of=benches)
+def gpu(json_: Annotated[Path | None, typer.Option("--json", help="The file to write.")] = None) -> None:
+    """One GPU: attention against dense, MFU of a layer and of whole steps, and what the plan costs."""
+    from longvila.bench.gpu import run
+
+    _report(run(_print_table), json_)
+
+
 @verb
 def doctor() -> None:
     """Say what this machine has and what a run would use."""

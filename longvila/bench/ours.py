@@ -6,7 +6,7 @@ import math
 from typing import Any, cast
 
 import torch
-from transformers import Qwen3ForCausalLM
+from transformers import PreTrainedModel
 
 from longvila.bench.cell import Cell
 from longvila.bench.rank import Watch, language_model, tokens_of
@@ -63,19 +63,20 @@ def _start(cell: Cell, trains: Any, clip: float) -> TrainingState:
     )  # fmt: skip
     device = start_world()
     fold = make_fold(parallel, device.type)
-    model = _wrap(language_model(cell.model))
+    model = wrap(language_model(cell.model))
     choose_trained(model, trains)
     return TrainingState(config, fold, device, make_engine(model, fold, config), cast(Any, None))
 
 
-def _wrap(text: Qwen3ForCausalLM) -> LongVilaModel:
+def wrap(text: PreTrainedModel) -> LongVilaModel:
     """A vision-language model around a language model; its frame token needs no word of the vocabulary."""
     tower = {
         "name": "bench",
         "model_cfg": {"embed_dim": 16, "vision_cfg": TOWER},
         "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3},
     }
-    config = LongVilaConfig(tower=tower, projector="mlp", text_config=text.config, frame_token_id=text.vocab_size)
+    texts = text.config
+    config = LongVilaConfig(tower=tower, projector="mlp", text_config=texts, frame_token_id=texts.vocab_size)
     return LongVilaModel(config, language_model=text).train()
 
 
