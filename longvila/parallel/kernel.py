@@ -23,8 +23,8 @@ from longvila.parallel.traffic import count
 aten = torch.ops.aten
 
 FLASH_4_DIMS = (64, 128)
-"""Head dims that go to FlashAttention 4: those whose gradients were seen to be right on a GPU. Of several squares in one
-launch, version 4.0.0b36 gives wrong ones at 16, without an error. All others go to torch's FlashAttention 2."""
+"""Head dims that go to FlashAttention 4: those whose gradients were seen to be right on a GPU. Of several squares in
+one launch, version 4.0.0b36 gives wrong ones at 16, without an error. All others go to torch's FlashAttention 2."""
 
 
 def block_forward(
