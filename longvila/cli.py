@@ -296,6 +296,7 @@ def caption(
     path: Annotated[Path, typer.Argument(metavar="FILE|FOLDER", help="A video, an image, or a folder of them.")],
     checkpoint: Checkpoint,
     frames: Annotated[int, typer.Option(min=1, help="Frames to look at, one a second at most.")] = 256,
+    tiles: Annotated[int, typer.Option(min=1, help="Tiles at most of an image, as in training; 1: whole alone.")] = 1,
     question: Annotated[str | None, typer.Option(help="What to ask; a detailed description when not given.")] = None,
 ) -> None:
     """Caption videos, or ask them a question."""
@@ -305,7 +306,7 @@ def caption(
     report = captioning.caption(
         _answerer(checkpoint),
         path,
-        FrameSampling("fps", frames=frames, fps=1.0),
+        FrameSampling("fps", frames=frames, fps=1.0, tiles=tiles),
         question or captioning.QUESTION,
         on_file=lambda file: output.print(f"\n[bold]{escape(str(file))}[/]"),
         on_text=lambda text: output.print(text, end="", markup=False),

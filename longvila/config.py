@@ -34,6 +34,8 @@ class FrameSampling:
     """The count (`uniform`) or the cap (`fps`; past the cap the frames are spread uniformly)."""
     fps: float = 1.0
     """Frames per second of video time, in `fps` mode."""
+    tiles: int = 1
+    """A still image is seen whole, and in at most so many tiles besides, each a frame; 1: whole alone."""
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from longvila.config import FrameSampling
 from longvila.errors import ConfigError, DataError
 from longvila.generate.answer import Answerer
-from longvila.media import decode_frames, decode_image, probe, sample_timestamps
+from longvila.media import choose_tiles, decode_frames, decode_tiles, image_extent, probe, sample_timestamps
 
 QUESTION = "Elaborate on the visual and narrative elements of the video in detail."
 """The captioning question of LongVILA (Chen et al. 2024)."""
@@ -96,8 +95,9 @@ def find_media(path: Path) -> list[Path]:
 
 
 def load_frames(path: Path, sampling: FrameSampling, size: int) -> Tensor:
-    """uint8 frames (F, 3, size, size) of a video, or of an image (then F is 1). Raises MediaError naming the file."""
+    """uint8 frames (F, 3, size, size) of a video, or the tiles of an image. Raises MediaError naming the file."""
     if path.suffix.lower() in IMAGE_SUFFIXES:
-        return torch.stack([decode_image(path.read_bytes(), size, str(path))])
+        tiles = choose_tiles(*image_extent(path, str(path)), size, sampling.tiles)
+        return decode_tiles(path, tiles, size, str(path))
     timestamps = sample_timestamps(probe(path, str(path)), sampling)
     return decode_frames(path, timestamps, size, str(path))

@@ -32,6 +32,7 @@ from longvila.media.container import (
     read_packets,
     ticks_per_second,
 )
+from longvila.media.tiles import WHOLE, Tile
 
 SEEK_GAIN = 0.5
 """Seconds of video that a jump must save: after one, the decoder has to fill its reordering queue again."""
@@ -63,11 +64,13 @@ def decode_frames(
     return out
 
 
-def decode_image(media: Media, size: int, name: str, out: torch.Tensor | None = None) -> torch.Tensor:
-    """Decodes a still image (any format Pillow reads).
+def decode_tiles(
+    media: Media, tiles: Sequence[Tile], size: int, name: str, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Decodes pieces of a still image (any format Pillow reads), each resized to (size, size).
 
     Args:
-        out: where it goes, uint8 (3, size, size); one of `empty_frames` without.
+        out: where they go, uint8 (len(tiles), 3, size, size); `empty_frames` without.
 
     Returns:
         `out`: RGB, upright.
@@ -75,15 +78,23 @@ def decode_image(media: Media, size: int, name: str, out: torch.Tensor | None = 
     Raises:
         MediaError: naming `name`, when the data are not an image or are cut short.
     """
-    out = empty_frames(1, size)[0] if out is None else out
+    out = empty_frames(len(tiles), size) if out is None else out
+    pixels = out.permute(0, 2, 3, 1).numpy()
     try:
         with open_media(media) as source, Image.open(source) as image:
             ImageOps.exif_transpose(image, in_place=True)
             colours = image if image.mode == "RGB" else image.convert("RGB")  # which would copy what is RGB already
-            out.permute(1, 2, 0).numpy()[...] = colours.resize((size, size), Image.Resampling.BICUBIC)
+            for number, tile in enumerate(tiles):
+                box = tile.box(*colours.size)
+                pixels[number] = colours.resize((size, size), Image.Resampling.BICUBIC, box)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise MediaError(f"{name}: cannot be read as an image ({error})") from error
     return out
+
+
+def decode_image(media: Media, size: int, name: str) -> torch.Tensor:
+    """A still image in one piece, uint8 (3, size, size); see `decode_tiles`."""
+    return decode_tiles(media, (WHOLE,), size, name)[0]
 
 
 def empty_frames(count: int, size: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ import logging
 import multiprocessing
 import signal
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,8 @@ from pebble import ProcessExpired, ProcessPool
 
 from longvila.errors import MediaError
 from longvila.media.container import Media
-from longvila.media.decode import decode_frames, decode_image, empty_frames
+from longvila.media.decode import decode_frames, decode_tiles, empty_frames
+from longvila.media.tiles import Tile, Views
 
 log = logging.getLogger(__name__)
 
@@ -73,11 +74,11 @@ class Decoder:
         self._workers = workers
         self._processes = Processes(workers, timeout)
 
-    def start(self, media: Media, timestamps: Sequence[float] | None, size: int, name: str) -> Decoded:
-        """Begins to decode the frames of a video at `timestamps`, or, without them, an image; see `decode_frames`."""
+    def start(self, media: Media, views: Views, size: int, name: str) -> Decoded:
+        """Begins to decode the frames of a video at given seconds (`decode_frames`), or tiles of an image."""
         if not self._workers:
-            return functools.partial(_decode, media, timestamps, size, name)
-        waits = self._processes.start(name, _decode_to_array, media, timestamps, size, name)
+            return functools.partial(_decode, media, views, size, name)
+        waits = self._processes.start(name, _decode_to_array, media, views, size, name)
 
         def fill(out: torch.Tensor) -> None:
             out.permute(0, 2, 3, 1).numpy()[...] = waits()
@@ -90,17 +91,18 @@ def _lost(reason: str) -> MediaError:
     return MediaError(reason)
 
 
-def _decode(media: Media, timestamps: Sequence[float] | None, size: int, name: str, out: torch.Tensor) -> None:
-    if timestamps is None:
-        decode_image(media, size, name, out[0])
+def _decode(media: Media, views: Views, size: int, name: str, out: torch.Tensor) -> None:
+    tiles = [view for view in views if isinstance(view, Tile)]
+    if tiles:
+        decode_tiles(media, tiles, size, name, out)
     else:
-        decode_frames(media, timestamps, size, name, out)
+        decode_frames(media, [view for view in views if not isinstance(view, Tile)], size, name, out)
 
 
-def _decode_to_array(media: Media, timestamps: Sequence[float] | None, size: int, name: str) -> np.ndarray:
+def _decode_to_array(media: Media, views: Views, size: int, name: str) -> np.ndarray:
     """uint8 (F, S, S, 3): a tensor would travel as a file handle."""
-    out = empty_frames(1 if timestamps is None else len(timestamps), size)
-    _decode(media, timestamps, size, name, out)
+    out = empty_frames(len(views), size)
+    _decode(media, views, size, name, out)
     return out.permute(0, 2, 3, 1).numpy()
 
 

@@ -12,9 +12,9 @@ from typing import Any, Protocol
 
 from longvila.config import FrameSampling
 from longvila.errors import DataError
-from longvila.media import FileRange, sample_timestamps
+from longvila.media import WHOLE, FileRange, Views, choose_tiles, image_extent, sample_timestamps
 from longvila.shards.bad import BadSamples
-from longvila.shards.sample import MediumType, Sample
+from longvila.shards.sample import Medium, MediumType, Sample
 
 IGNORE = -100
 """Label of a token that is no target."""
@@ -39,19 +39,19 @@ class Encode(Protocol):
     def __call__(
         self, messages: list[dict[str, Any]], text: str | None, frames: Sequence[int]
     ) -> tuple[list[int], list[int]]:
-        """`frames`: how many frames each medium has that the messages mark."""
+        """`frames`: how many frames (tiles of an image) each medium has that the messages mark."""
         ...
 
 
 @dataclass(frozen=True)
 class Clip:
-    """The frames that a document has of one video or image."""
+    """What a document shows of one video or image. Each view is one frame."""
 
     type: MediumType
     media: bytes | FileRange | None
     """None where this rank could not read it."""
-    timestamps: tuple[float, ...]
-    """Seconds of video time of its frames; (0.0,) for an image."""
+    views: Views
+    """Seconds of video time, or tiles of an image."""
 
 
 @dataclass(frozen=True)
@@ -69,16 +69,16 @@ class Document:
 
     @property
     def num_frames(self) -> int:
-        return sum(len(clip.timestamps) for clip in self.clips)
+        return sum(len(clip.views) for clip in self.clips)
 
 
 def to_documents(
-    samples: Iterable[Sample], encode: Encode, sampling: FrameSampling, row_tokens: int, bad: BadSamples
+    samples: Iterable[Sample], encode: Encode, sampling: FrameSampling, size: int, row_tokens: int, bad: BadSamples
 ) -> Iterator[Document]:
     """The documents of each sample, see `make_documents`. What cannot be used goes to `bad`."""
     for sample in samples:
         try:
-            documents, shortened = make_documents(sample, encode, sampling, row_tokens)
+            documents, shortened = make_documents(sample, encode, sampling, size, row_tokens)
         except DataError as error:
             bad.record(sample.key, str(error))
         else:
@@ -87,11 +87,15 @@ def to_documents(
 
 
 def make_documents(
-    sample: Sample, encode: Encode, sampling: FrameSampling, row_tokens: int
+    sample: Sample, encode: Encode, sampling: FrameSampling, size: int, row_tokens: int
 ) -> tuple[list[Document], bool]:
     """Encodes a sample to fit a row of `row_tokens`, and says whether it got fewer frames than asked.
 
-    Videos too long for a row get fewer frames, the longest first; a plain text is cut into as many pieces as it needs.
+    Where a row is too short, images get fewer tiles, all by the same limit, and when none has any left videos get fewer
+    frames, the longest first; a plain text is cut into as many pieces as it needs.
+
+    Args:
+        size: pixels along a side of a frame.
 
     Raises:
         DataError: its text (with its images, and a frame of each video) is too long, or it has no target.
@@ -100,32 +104,54 @@ def make_documents(
     if not sample.media and not sample.messages:
         documents = _split_text(sample, encode, row_tokens)
     else:
-        document, shortened = _encode_one(sample, encode, sampling, row_tokens)
+        document, shortened = _encode_one(sample, encode, sampling, size, row_tokens)
         documents = [document]
     if any(max(document.labels, default=IGNORE) == IGNORE for document in documents):
         raise DataError("has no answer to learn from: none of its tokens is a target")
     return documents, shortened
 
 
-def _encode_one(sample: Sample, encode: Encode, sampling: FrameSampling, row_tokens: int) -> tuple[Document, bool]:
-    clips = _sample_frames(sample, sampling)
-    ids, labels = encode(sample.messages, None, [len(clip.timestamps) for clip in clips])
+def _encode_one(
+    sample: Sample, encode: Encode, sampling: FrameSampling, size: int, row_tokens: int
+) -> tuple[Document, bool]:
+    clips = _choose_views(sample, sampling, size)
+    ids, labels = encode(sample.messages, None, [len(clip.views) for clip in clips])
     shortened = len(ids) > row_tokens
     if shortened:
-        num_frames, per_frame = sum(len(clip.timestamps) for clip in clips), encode.tokens_per_frame
-        num_text = len(ids) - num_frames * per_frame
-        videos = [len(clip.timestamps) for clip in clips if clip.type == "video"]
-        room = (row_tokens - num_text) // per_frame - (len(clips) - len(videos))
-        if not videos or room < len(videos):
-            least = f" and {_frames(len(clips))} {len(clips) * per_frame}" if clips else ""
+        num_text = len(ids) - sum(len(clip.views) for clip in clips) * encode.tokens_per_frame
+        fewer = _fit(sample, sampling, size, (row_tokens - num_text) // encode.tokens_per_frame)
+        if fewer is None:
+            least = f" and {_frames(len(clips))} {len(clips) * encode.tokens_per_frame}" if clips else ""
             raise DataError(f"its text has {num_text} tokens{least}, more than a row of {row_tokens}")
-        clips = _sample_frames(sample, replace(sampling, frames=_level(videos, room)))
-        ids, labels = encode(sample.messages, None, [len(clip.timestamps) for clip in clips])
+        clips = fewer
+        ids, labels = encode(sample.messages, None, [len(clip.views) for clip in clips])
     return Document(sample.key, ids, _shift(labels), clips), shortened
 
 
-def _sample_frames(sample: Sample, sampling: FrameSampling) -> tuple[Clip, ...]:
-    return tuple(Clip(each.type, each.data, sample_timestamps(each.info, sampling)) for each in sample.media)
+def _choose_views(sample: Sample, sampling: FrameSampling, size: int) -> tuple[Clip, ...]:
+    return tuple(Clip(each.type, each.data, _views(sample.key, each, sampling, size)) for each in sample.media)
+
+
+def _views(key: str, medium: Medium, sampling: FrameSampling, size: int) -> Views:
+    if medium.type == "video":
+        return sample_timestamps(medium.info, sampling)
+    if sampling.tiles == 1:
+        return (WHOLE,)
+    return choose_tiles(*image_extent(medium.data, key), size, sampling.tiles)
+
+
+def _fit(sample: Sample, sampling: FrameSampling, size: int, room: int) -> tuple[Clip, ...] | None:
+    """The most views of the sample's media that are no more than `room`; None where there are more media than that."""
+    clips: tuple[Clip, ...] = ()
+    for tiles in range(sampling.tiles, 0, -1):
+        clips = _choose_views(sample, replace(sampling, tiles=tiles), size)
+        if sum(len(clip.views) for clip in clips) <= room:
+            return clips
+    videos = [len(clip.views) for clip in clips if clip.type == "video"]
+    room -= len(clips) - len(videos)
+    if not videos or room < len(videos):
+        return None
+    return _choose_views(sample, replace(sampling, tiles=1, frames=_level(videos, room)), size)
 
 
 def _level(amounts: list[int], room: int) -> int:

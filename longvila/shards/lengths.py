@@ -1,8 +1,8 @@
 """How many tokens and frames each sample of a shard makes, so that rows are packed before anything is decoded.
 
-They follow from a sample's JSON, the tokenizer with its chat template, the frame sampling and the row's budget. They
-are kept by the shard's checksum and a digest of the rest, in `$XDG_CACHE_HOME/longvila/lengths` (else `~/.cache`), and
-taken again where that cannot be written.
+They follow from a sample's JSON, the sizes of its images, the tokenizer with its chat template, the frame sampling, the
+size of a frame and the row's budget. They are kept by the shard's checksum and a digest of the rest, in
+`$XDG_CACHE_HOME/longvila/lengths` (else `~/.cache`), and taken again where that cannot be written.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class SampleLengths:
 class Lengths:
     """Measures the samples of shards, or looks up what was measured before."""
 
-    def __init__(self, encode: Encode, sampling: FrameSampling, row_tokens: int) -> None:
-        self._encode, self._sampling, self._row_tokens = encode, sampling, row_tokens
-        settings = json.dumps([VERSION, encode.fingerprint, asdict(sampling), row_tokens])
+    def __init__(self, encode: Encode, sampling: FrameSampling, size: int, row_tokens: int) -> None:
+        self._encode, self._sampling, self._size, self._row_tokens = encode, sampling, size, row_tokens
+        settings = json.dumps([VERSION, encode.fingerprint, asdict(sampling), size, row_tokens])
         self._folder = cache_folder() / "lengths" / hashlib.sha256(settings.encode()).hexdigest()[:16]
 
     def of(self, shard: Path, index: ShardIndex) -> tuple[SampleLengths, ...]:
@@ -62,7 +62,7 @@ class Lengths:
     def _measure(self, shard: Path, index: ShardIndex, number: int) -> SampleLengths:
         try:
             sample = read_sample(shard, index.entries[number])
-            documents, shortened = make_documents(sample, self._encode, self._sampling, self._row_tokens)
+            documents, shortened = make_documents(sample, self._encode, self._sampling, self._size, self._row_tokens)
         except DataError as error:
             return SampleLengths((), fault=str(error))
         return SampleLengths(tuple((len(each.ids), each.num_frames) for each in documents), shortened)

@@ -86,8 +86,10 @@ class RowLoader:
         heads = [self._read_heads(shards) for shards in self.shards]
         known = [[head for head in each if head is not None] for each in heads]
         turn = data_rank * num_sequence_ranks + sequence_rank
-        self.windows = Windows(data, self.shards, known, encode, seed, self.cache, turn) if known == heads else None
-        if self.windows is None:
+        self.windows = None
+        if known == heads:
+            self.windows = Windows(data, self.shards, known, encode, image_size, seed, self.cache, turn)
+        else:
             self._check_sequential(heads)
         self._decoder = Decoder(data.workers, data.decode_timeout)
         self._memory = FrameMemory(image_size)
@@ -197,7 +199,9 @@ class RowLoader:
         ]
         rng = random.Random(f"mixture {self.seed} {start.epoch} {self.data_rank}")
         samples = mix(streams, [source.weight for source in self.data.sources], rng)
-        documents = to_documents(samples, self.encode, self.data.frames, self.data.row_tokens, self.bad)
+        documents = to_documents(
+            samples, self.encode, self.data.frames, self.image_size, self.data.row_tokens, self.bad
+        )
         rows = enumerate(pack(documents, self.data.row_tokens))
         for number, row in islice(rows, start.row, None):
             yield _Dealt(row, replace(start, row=number + 1))
@@ -238,3 +242,5 @@ def _check_sources(data: DataConfig) -> None:
             )
     if data.window < 1:
         raise ConfigError(f"data.window is {data.window}; at least one sample makes a window")
+    if data.frames.tiles < 1:
+        raise ConfigError(f"data.frames.tiles is {data.frames.tiles}; 1 shows images whole, more cuts them into tiles")

@@ -30,7 +30,7 @@ class Row:
     """Tokens of each document; they sum to N."""
     keys: tuple[str, ...]
     num_frames: tuple[int, ...]
-    """Frames of each document; they sum to F."""
+    """Frames (of an image, tiles) of each document; they sum to F."""
     frames: torch.Tensor
     """uint8 (F_local, 3, S, S): frames F*r//P to F*(r+1)//P of the row, on rank r of a sequence group of P. A pixel's
     channels lie side by side in memory (`torch.channels_last`), which later rows use when no tensor does."""
@@ -74,14 +74,15 @@ def start_row(
     tasks, end = [], 0
     for index, document in enumerate(documents):
         for clip in document.clips:
-            start, end = end, end + len(clip.timestamps)
+            start, end = end, end + len(clip.views)
             low, high = max(start, first), min(end, last)
             if low >= high:
                 continue
             waits = None
             if clip.media is not None:
-                wanted = clip.timestamps[low - start : high - start] if clip.type == "video" else None
-                waits = decoder.start(clip.media, wanted, memory.image_size, document.key)
+                waits = decoder.start(
+                    clip.media, clip.views[low - start : high - start], memory.image_size, document.key
+                )
             tasks.append((index, slice(low - first, high - first), waits))
 
     def finish() -> Row:

@@ -67,6 +67,7 @@ class Windows:
         shards: Sequence[Sequence[Path]],
         heads: Sequence[Sequence[Head]],
         encode: Encode,
+        size: int,
         seed: int,
         cache: ShardCache,
         turn: int = 0,
@@ -75,11 +76,13 @@ class Windows:
         Args:
             shards: the tars of each source.
             heads: the first line of the index of each.
+            size: pixels along a side of a frame.
             cache: makes local copies of remote shards, of the next window in the background.
             turn: a number of this process among those that read the same. Each begins with other shards, so that
                 together they measure each shard once where they share `cache_folder()`.
         """
         self._data, self._paths, self._encode, self._seed, self._cache = data, shards, encode, seed, cache
+        self._size = size
         self._sizes = [[head.samples for head in each] for each in heads]
         self._amounts = [
             amount_of(sum(sizes), source.repeat, source.limit)
@@ -87,7 +90,7 @@ class Windows:
         ]
         self.digests = tuple(_digest([head.sha256 for head in each])[:8] for each in heads)
         """What the shards of each source are, in short."""
-        self._lengths = Lengths(encode, data.frames, data.row_tokens)
+        self._lengths = Lengths(encode, data.frames, size, data.row_tokens)
         self._turn = turn
         self._shards: dict[tuple[int, int], _Shard] = {}
         # Rows are dealt across windows, and some are decoded ahead: the shards of the windows before are still in use.
@@ -136,7 +139,7 @@ class Windows:
     def _read(self, place: Place) -> list[Document]:
         shard = self._shards[place.source, place.shard]
         sample = read_sample(shard.path, shard.index.entries[place.entry])
-        return make_documents(sample, self._encode, self._data.frames, self._data.row_tokens)[0]
+        return make_documents(sample, self._encode, self._data.frames, self._size, self._data.row_tokens)[0]
 
     def _make_order(self, epoch: int) -> EpochOrder:
         return EpochOrder(self._sizes, self._amounts, self._weights, self._data.window, self._seed, epoch)

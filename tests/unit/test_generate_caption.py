@@ -1,5 +1,6 @@
 """Captions of a file and of a folder, with every unreadable file named."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,11 +9,11 @@ from PIL import Image
 from longvila.config import FrameSampling
 from longvila.errors import ConfigError, DataError, MediaError
 from longvila.generate.answer import Answerer
-from longvila.generate.caption import caption
+from longvila.generate.caption import caption, load_frames
 
 from .eval_parts import tiny_answerer
 from .model_parts import qwen3
-from .video_fixtures import make_video
+from .video_fixtures import make_mosaic, make_video, read_number, write
 
 SAMPLING = FrameSampling("uniform", frames=3)
 
@@ -46,6 +47,14 @@ def test_unreadable_files_of_a_folder_are_named_and_counted_and_the_rest_is_capt
     assert [path.name for path in report.captions] == ["good.mp4", "still.png"]
     assert failures == list(report.failed) == [folder / "empty.mp4", folder / "page.mkv"]
     assert "empty.mp4" in report.failed[folder / "empty.mp4"]
+
+
+def test_an_image_is_seen_whole_and_in_tiles(tmp_path):
+    picture = write(tmp_path / "picture.png", make_mosaic(2, 2))
+    assert load_frames(picture, SAMPLING, 48).shape == (1, 3, 48, 48)
+    whole, *tiles = load_frames(picture, replace(SAMPLING, tiles=4), 48)
+    assert [read_number(tile) for tile in tiles] == [1, 2, 3, 4]
+    assert whole.equal(load_frames(picture, SAMPLING, 48)[0])
 
 
 def test_a_single_unreadable_file_is_an_error_that_names_it(answerer, tmp_path):

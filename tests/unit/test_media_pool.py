@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from longvila.errors import MediaError
-from longvila.media import Decoder, FileRange, decode_frames, empty_frames
+from longvila.media import WHOLE, Decoder, FileRange, decode_frames, empty_frames
 
 from .video_fixtures import make_image, make_video, read_number
 
@@ -52,7 +52,7 @@ def test_processes_give_the_frames_that_the_caller_would_get(film, tmp_path):
     whole = decode_frames(film, times, 48, "film")
     for media in (film, FileRange(path, 6, len(film))):
         assert torch.equal(filled(decoder.start(media, times, 48, "film"), 3), whole)
-    assert read_number(filled(decoder.start(make_image(11), None, 48, "picture"))[0]) == 11
+    assert read_number(filled(decoder.start(make_image(11), (WHOLE,), 48, "picture"))[0]) == 11
 
 
 @pytest.mark.parametrize("workers", [0, 1])

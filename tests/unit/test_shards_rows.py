@@ -7,7 +7,7 @@ import torch
 
 from longvila.config import FrameSampling, SourceConfig
 from longvila.errors import ConfigError, DataError
-from longvila.media import Decoder, FrameMemory
+from longvila.media import WHOLE, Decoder, FrameMemory
 from longvila.shards import BadSamples, SourceSample
 from longvila.shards.document import Clip, Document, to_documents
 from longvila.shards.order import Cursor
@@ -16,6 +16,7 @@ from longvila.shards.rows import LOOK_AHEAD, pack, start_row
 from .shards_parts import (
     FRAME,
     FRAME_TOKENS,
+    IMAGE_SIZE,
     all_kinds,
     conversation,
     encode,
@@ -110,7 +111,9 @@ def test_a_rank_opens_only_the_videos_it_has_frames_of(monkeypatch):
 def test_what_cannot_be_decoded_shows_nothing_of_the_row_before():
     memory = FrameMemory(8)
     memory.take(2).fill_(7)
-    broken = [Document(key, [1], [-100], (Clip("image", media, (0.0,)),)) for key, media in (("a", b"?"), ("b", None))]
+    broken = [
+        Document(key, [1], [-100], (Clip("image", media, (WHOLE,)),)) for key, media in (("a", b"?"), ("b", None))
+    ]
     row = start_row(broken, 0, 1, Decoder(), memory)()
     assert not row.frames.any()
     assert [index for index, _ in row.failed] == [0]
@@ -207,7 +210,7 @@ def test_a_long_text_is_cut_into_pieces_without_losing_a_target():
 
     words = " ".join("x" * (1 + index) for index in range(25))
     sample = Sample("text", [], (), {"text": words})
-    pieces = list(to_documents([sample], encode, FrameSampling(), 8, BadSamples()))
+    pieces = list(to_documents([sample], encode, FrameSampling(), IMAGE_SIZE, 8, BadSamples()))
     assert [len(piece.ids) for piece in pieces] == [8, 8, 8, 4]
     targets = [label for piece in pieces for label in piece.labels if label != -100]
     assert targets == [101 + index for index in range(1, 25)]

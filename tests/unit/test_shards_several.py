@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from longvila.errors import DataError
+from longvila.config import FrameSampling
+from longvila.errors import ConfigError, DataError
 from longvila.media import read_subtitles
 from longvila.shards import BadRecord, SourceSample, write_shards
 from longvila.shards.check import check_shards
@@ -13,8 +16,8 @@ from longvila.shards.conversations import to_sample
 from longvila.shards.index import read_index
 from longvila.shards.sample import split_name
 
-from .shards_parts import FRAME, FRAME_TOKENS, keys, make_loader, rows_of, video, without_indexes
-from .video_fixtures import make_image, make_video, read_number
+from .shards_parts import FRAME, FRAME_TOKENS, keys, make_loader, rewrite, rows_of, video, without_indexes
+from .video_fixtures import make_image, make_mosaic, make_video, read_number
 
 
 def mixed(key="mixed", first=3, last=4):
@@ -204,3 +207,73 @@ def test_media_that_are_not_numbered_are_refused(folder):
 
     with pytest.raises(DataError, match=r"has 2 media files that are not numbered: jpg, mp4"):
         from_members("k", {"jpg": b"", "mp4": b"", "json": b"{}"})
+
+
+def album(key="album"):
+    """A film, and two pictures of 3 x 2 and 2 x 1 parts."""
+    content = [{"type": kind} for kind in ("video", "image", "image")]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "seen"}]
+    media = [make_video(4, fps=1, first_number=100), make_mosaic(3, 2), make_mosaic(2, 1)]
+    return SourceSample(key, messages, media, "mixed")
+
+
+FILM, WIDE, LOW = [100, 101, 102, 103], [None, 1, 2, 3, 4, 5, 6], [None, 1, 2]
+TILES = FrameSampling("fps", 99, 1.0, tiles=6)
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+@pytest.mark.parametrize(("frames", "expected"), [
+    (14, FILM + WIDE + LOW),
+    (10, [*FILM, None, None, None, *LOW]),  # two tiles at most; in those of the first picture numbers are cut
+    (6, [*FILM, None, None]),  # tiles go before frames
+    (5, [100, 102, 103, None, None]),
+])  # fmt: skip
+@pytest.mark.parametrize("spare", [0, 2])
+def test_pictures_lose_their_tiles_before_films_lose_frames(tmp_path, indexed, frames, spare, expected):
+    write_shards([album()], tmp_path / "data")
+    if not indexed:
+        without_indexes(tmp_path / "data")
+    loader = make_loader(tmp_path, frames=TILES, row_tokens=1 + FRAME_TOKENS * frames + spare)
+    (row,) = rows_of(loader)
+    assert len(row.frames) == len(expected)
+    found = [None if each is None else read_number(frame) for frame, each in zip(row.frames, expected, strict=True)]
+    assert found == expected
+    assert (row.input_ids == FRAME).sum() == FRAME_TOKENS * len(expected)
+    assert loader.bad.shortened == (len(expected) < 14)
+
+
+def test_ranks_share_the_tiles_of_one_picture(tmp_path):
+    write_shards([album()], tmp_path / "data")
+    options = {"frames": TILES, "row_tokens": 99}
+    parts = [
+        rows_of(make_loader(tmp_path, sequence_rank=rank, num_sequence_ranks=3, **options))[0].frames
+        for rank in range(3)
+    ]
+    (whole,) = rows_of(make_loader(tmp_path, **options))
+    assert [len(part) for part in parts] == [4, 5, 5]
+    assert torch.equal(torch.cat(parts), whole.frames)
+
+
+def test_lengths_are_taken_anew_for_other_tiles(tmp_path):
+    write_shards([album()], tmp_path / "data")
+    counts = [
+        rows_of(make_loader(tmp_path, frames=replace(TILES, tiles=most), row_tokens=99))[0].num_frames
+        for most in (1, 2, 6, 1)
+    ]
+    assert counts == [(6,), (10,), (14,), (6,)]
+
+
+def test_a_picture_whose_size_cannot_be_read_is_a_bad_sample(tmp_path):
+    write_shards([album(), video("plain", 4, 500)], tmp_path / "data")
+    rewrite(
+        tmp_path / "data" / "shard-000000.tar",
+        lambda name, data: (name, b"?" * len(data) if name.endswith("png") else data),
+    )
+    loader = make_loader(tmp_path, frames=TILES, max_bad_share=1.0)
+    assert keys(rows_of(loader)) == ["plain"]
+    assert "cannot be read as an image" in loader.bad.listed["album"]
+
+
+def test_less_than_one_tile_is_refused(folder):
+    with pytest.raises(ConfigError, match=r"data\.frames\.tiles is 0"):
+        make_loader(folder, frames=replace(TILES, tiles=0))

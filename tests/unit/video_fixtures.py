@@ -103,6 +103,16 @@ def make_image(number: int = 5, size: int = 96, format: str = "PNG") -> bytes:
     return file.getvalue()
 
 
+def make_mosaic(columns: int, rows: int, format: str = "PNG", side: int = 96) -> bytes:
+    """A picture of `columns` x `rows` pictures, numbered from 1 row by row."""
+    cells = [
+        [number_picture(1 + row * columns + column, side, side) for column in range(columns)] for row in range(rows)
+    ]
+    file = io.BytesIO()
+    Image.fromarray(np.concatenate([np.concatenate(row, 1) for row in cells])).save(file, format=format)
+    return file.getvalue()
+
+
 def write(path: Path, data: bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
