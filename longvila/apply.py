@@ -2,20 +2,26 @@
 
 1. attention: the language model's layers call `folded_attention`, plugged in by name through transformers' registries;
 2. tiles: the layers' token-wise modules take a tile of tokens at a time (`model/tile.py`);
-3. recompute: activation checkpointing of the language model's layers, around the tiles;
-4. parameters: FSDP2 shards blocks and embeddings, then the rest, over all ranks. Gradients are SUMMED over ranks: the
-   loss is already divided by the global count of target tokens, so no other factor may appear.
+3. experts: each rank keeps its share of every mixture's experts, and tokens travel (`parallel/experts.py`);
+4. recompute: activation checkpointing of the language model's layers, around the tiles;
+5. parameters: FSDP2 shards experts over the ranks that hold the same, and blocks, embeddings and the rest over all
+   ranks. Gradients are SUMMED over ranks: the loss is already divided by the global count of target tokens, so no other
+   factor may appear.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Collection
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
 from longvila.config import RecomputeName, ShardingConfig
@@ -23,6 +29,7 @@ from longvila.errors import ConfigError
 from longvila.model.tile import tile_layers
 from longvila.parallel.attention import FoldedPlan
 from longvila.parallel.blocks import Mask
+from longvila.parallel.experts import dispatch
 from longvila.parallel.fold import Fold, check_sharding, parameter_mesh
 from longvila.parallel.recompute import checkpoint_arguments
 from longvila.parallel.replay import ModelAttention, Shape
@@ -112,6 +119,10 @@ def apply_folds(
                 setattr(module, _NUMBER, module.layer_idx)
     if tile_tokens is not None:
         tile_layers(blocks(language_model), tile_tokens)
+    if fold.experts is not None:
+        if sharding != ShardingConfig():
+            raise ConfigError("parallel.experts above 1 goes with sharding over all ranks alone; leave sharding.* out")
+        _share_experts(language_model, fold.experts["experts"])
     if recompute != "none":
         # transformers 5.24 renamed it; earlier ones have the old name alone.
         new_name = getattr(language_model, "activation_checkpointing_enable", None)
@@ -137,6 +148,12 @@ def _shard_parameters(model: nn.Module, fold: Fold, precision: str, sharding: Sh
     def shard(module: nn.Module, ignored: set[nn.Parameter] | None = None) -> Any:
         return fully_shard(module, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy, ignored_params=ignored)
 
+    if fold.experts is not None:
+        copies = fold.experts["copies"]
+        for module in model.modules():
+            if isinstance(module, SharedExperts):
+                fully_shard(module, mesh=copies, reshard_after_forward=reshard, mp_policy=policy,
+                            shard_placement_fn=partial(_expert_dim, copies.size()))  # fmt: skip
     for block in blocks(model):
         shard(block)
     # The matrices of words are large and of no use to the backward of a look-up: gathered for the forward alone.
@@ -158,6 +175,65 @@ def _shard_parameters(model: nn.Module, fold: Fold, precision: str, sharding: Sh
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+class SharedExperts(nn.Module):
+    """What goes in front of the class of a mixture's experts of transformers: (T, D), (T, k), (T, k) -> (T, D)."""
+
+    num_experts: int
+    """Of this rank."""
+    ranks: dist.ProcessGroup
+    """Those that share out the experts."""
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        shared = dict(self._parameters)
+        # Weights are DTensors over the ranks that share them; what runs here knows those of this rank alone.
+        mine: dict[str, Any] = {name: p.to_local() if isinstance(p, DTensor) else p for name, p in shared.items()}
+        try:
+            self._parameters.update(mine)
+            return dispatch(super().forward, hidden_states, top_k_index, top_k_weights, self.num_experts, self.ranks)
+        finally:
+            self._parameters.update(shared)
+
+
+def _expert_dim(copies: int, parameter: nn.Parameter) -> Shard:
+    """The dimension by which ranks that hold the same experts shard them: not that of the experts, where it divides."""
+    return Shard(1 if parameter.ndim > 1 and parameter.shape[1] % copies == 0 else 0)
+
+
+def _share_experts(language_model: nn.Module, mesh: DeviceMesh) -> None:
+    """Leaves each rank of `mesh` its share of the experts of every mixture.
+
+    A mixture's experts are a module of transformers with `num_experts`, whose parameters all begin with that dimension.
+
+    Raises:
+        ConfigError: there is none, or the experts cannot be shared out evenly.
+    """
+    found = [module for module in language_model.modules() if _is_experts(module)]
+    if not found:
+        raise ConfigError(
+            f"parallel.experts={mesh.size()}, but {type(language_model).__name__} has no experts to share out; use 1"
+        )
+    for module in found:
+        total: int = module.num_experts  # type: ignore[assignment]
+        if total % mesh.size():
+            raise ConfigError(
+                f"{total} experts of {type(module).__name__} cannot be shared out evenly among parallel.experts="
+                f"{mesh.size()} ranks; use a divisor of {total}"
+            )
+        module.num_experts = total // mesh.size()  # type: ignore[assignment]
+        for name, parameter in list(module._parameters.items()):
+            assert parameter is not None
+            shared = distribute_tensor(parameter.data, mesh, [Shard(0)], src_data_rank=None)
+            module.register_parameter(name, nn.Parameter(shared, parameter.requires_grad))
+        kind = type(module)
+        module.__class__ = type(f"Shared{kind.__name__}", (SharedExperts, kind), {})
+        module.ranks = mesh.get_group()  # type: ignore[assignment]
+
+
+def _is_experts(module: nn.Module) -> bool:
+    total, parameters = getattr(module, "num_experts", None), list(module.parameters())
+    return bool(parameters) and len(parameters[0].shape) == 3 and all(p.shape[0] == total for p in parameters)
 
 
 def attention_of(config: PreTrainedConfig) -> ModelAttention:

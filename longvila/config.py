@@ -154,6 +154,9 @@ class ParallelConfig:
     """How keys travel: straight to whom they serve, or passed on round a ring or double ring."""
     placement: PlacementName = "head_first"
     """Which axis lies on neighbouring ranks, those of one node: heads, or the inner ring (LoongTrain, section 4.3)."""
+    experts: int = 1
+    """Neighbouring ranks that share out the experts of a mixture: a fold of its own over all ranks, whatever
+    attention's is (MoE Parallel Folding)."""
 
     @property
     def sequence(self) -> int:

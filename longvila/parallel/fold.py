@@ -41,6 +41,9 @@ class Fold:
     """outer x inner ranks with this rank's heads."""
     links: Links
     """Where keys, values and queries travel between them."""
+    experts: DeviceMesh | None
+    """Axes `copies` and `experts`: ranks along the second share out a mixture's experts, ranks along the first hold the
+    same ones. None where experts are not shared out."""
     return_links: Links
     """The same ranks; gradients and helpers' answers travel here, so that the two kinds of traffic never mix."""
     heads: dist.ProcessGroup
@@ -126,6 +129,11 @@ def check_world(parallel: ParallelConfig, world: int) -> int:
             f"a sequence group of {parallel.sequence} ranks ({sizes}) does not divide the world of {world} ranks; "
             f"start a multiple of {parallel.sequence}, or change parallel.*"
         )
+    if parallel.experts < 1 or world % parallel.experts:
+        raise ConfigError(
+            f"parallel.experts={parallel.experts} ranks that share experts do not divide the world of {world} ranks; "
+            f"use a divisor of it"
+        )
     return world // parallel.sequence
 
 
@@ -153,6 +161,9 @@ def make_fold(parallel: ParallelConfig, device_type: str) -> Fold:
         sequence=_my_group([sorted(row.flatten().tolist()) for row in ranks]),
         context=context,
         links=Links(inner, context),
+        experts=_make_mesh(device_type, {"copies": dist.get_world_size() // shared, "experts": shared})
+        if (shared := parallel.experts) > 1
+        else None,
         return_links=Links(inner_returns, returns),
         heads=mesh.get_group("head"),
         inner=parallel.inner,

@@ -47,6 +47,8 @@ def deepspeed_config(config: StageConfig, world: int) -> dict[str, Any]:
     """
     if config.sharding != ShardingConfig():
         raise ConfigError(f"sharding.* is for the engine fsdp2; {config.engine} shards as its stage does")
+    if config.parallel.experts > 1:
+        raise ConfigError(f"parallel.experts={config.parallel.experts} is for the engine fsdp2, not {config.engine}")
     bf16 = config.precision == "bf16"
     if bf16 and config.engine == "zero1":
         raise ConfigError("engine=zero1 sums gradients in bf16 where precision=bf16; use zero2, which sums in fp32")

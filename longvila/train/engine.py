@@ -6,7 +6,7 @@ ranks; an engine that averages undoes it in its adapter, in one line.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -113,11 +113,13 @@ class FSDP2Engine:
 
     def gradient_norm(self) -> float:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        self._norm = torch.nn.utils.get_total_norm(gradients)
-        return float(whole(self._norm))
+        norms = [whole(torch.nn.utils.get_total_norm(some)) for some in _by_mesh(gradients)]
+        self._norm = torch.linalg.vector_norm(torch.stack(norms))
+        return float(self._norm)
 
     def step(self, rate: float) -> None:
-        torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), self._clip, self._norm)
+        for some in _by_mesh(p for p in self.model.parameters() if p.grad is not None):
+            torch.nn.utils.clip_grads_with_norm_(some, self._clip, self._norm)
         set_learning_rate(self.optimizer, rate)
         self.optimizer.step()
         self.discard()
@@ -151,6 +153,14 @@ class FSDP2Engine:
     def load_state(self, state: dict[str, Any]) -> None:
         optimizer = {"state": state["optimizer"], "param_groups": self._groups}
         set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=optimizer)
+
+
+def _by_mesh(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Tensors that lie on the same ranks together: torch takes no operation over others."""
+    found: dict[Any, list[Tensor]] = {}
+    for tensor in tensors:
+        found.setdefault(tensor.device_mesh if isinstance(tensor, DTensor) else None, []).append(tensor)
+    return list(found.values())
 
 
 def whole_shape(parameter: Tensor) -> torch.Size:

@@ -40,6 +40,10 @@ MODELS = {
     "gemma3": functools.partial(
         transformers.Gemma3TextConfig, **SHAPE, sliding_window=5, layer_types=LAYERS, query_pre_attn_scalar=8
     ),
+    "qwen2_moe": functools.partial(transformers.Qwen2MoeConfig, **SHAPE, **MIXTURE, shared_expert_intermediate_size=24),
+    "mixtral": functools.partial(
+        transformers.MixtralConfig, **SHAPE, num_local_experts=4, num_experts_per_tok=2, sliding_window=None
+    ),
     "qwen3_moe": functools.partial(transformers.Qwen3MoeConfig, **SHAPE, **MIXTURE),
 }
 
@@ -47,6 +51,11 @@ MODELS = {
 def make(name):
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(MODELS[name]()).double().train()
+    if hasattr(model.config, "num_experts_per_tok"):
+        # Routers begin with zeros, by which every token has the same experts.
+        for name_, parameter in model.named_parameters():
+            if name_.endswith(("gate.weight", "router.weight")):
+                torch.nn.init.normal_(parameter, std=0.5)
     model.set_experts_implementation("eager")  # the default, a grouped product, takes no fp64
     return model
 

@@ -1,0 +1,259 @@
+"""Experts shared out over ranks, on a fold of their own: loss and every gradient equal one process."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import Qwen3MoeConfig
+
+from longvila import apply
+from longvila.apply import SharedExperts, apply_folds
+from longvila.bench import engines
+from longvila.config import ParallelConfig, ShardingConfig
+from longvila.errors import ConfigError
+from longvila.model.vlm import LongVilaConfig, LongVilaModel
+from longvila.parallel import experts
+from longvila.parallel.experts import dispatch
+from longvila.parallel.fold import make_fold
+from longvila.parallel.launch import RankError, run_ranks
+from longvila.parallel.traffic import counting
+from longvila.shards.order import Cursor
+from longvila.train import gradients
+from longvila.train.checkpoint import Checkpoints, Position
+from longvila.train.gradients import MIXED, TEXT, VIDEO, Case
+from longvila.train.loop import resume
+
+from . import test_models
+from .test_training import check_steps
+from .training_parts import whole_weights
+
+DENSE = gradients.make_model
+
+
+def make_mixture(seed=0):
+    """The small vision-language model of `train.gradients` with a language model of 8 experts in each of 2 layers."""
+    vision = DENSE(seed).config.tower
+    torch.manual_seed(seed)
+    text = Qwen3MoeConfig(
+        vocab_size=64, hidden_size=48, intermediate_size=64, moe_intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=6, num_key_value_heads=3, head_dim=8, num_experts=8, num_experts_per_tok=3,
+        tie_word_embeddings=True, norm_topk_prob=True,
+    )  # fmt: skip
+    config = LongVilaConfig(tower=vision, projector="downsample_mlp", text_config=text, frame_token_id=gradients.FRAME)
+    model = LongVilaModel(config).double().train()
+    for name, parameter in model.named_parameters():
+        if name.endswith("mlp.gate.weight"):
+            torch.nn.init.normal_(parameter, std=0.5)
+    model.language_model.set_experts_implementation("eager")  # the default, a grouped product, takes no fp64
+    return model
+
+
+def with_mixture(function, *arguments):
+    """`function` on every rank, over the mixture in place of the dense model."""
+    gradients.make_model = engines.make_model = make_mixture
+    return function(*arguments)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "qwen2_moe", "mixtral"])
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        ParallelConfig(inner=2, experts=2),
+        ParallelConfig(inner=2, head=2, experts=2),
+        ParallelConfig(inner=4, experts=4),
+    ],
+    ids=str,
+)
+def test_language_models_of_transformers_have_the_gradients_of_one_process(name, parallel):
+    found, counted = run_ranks(test_models.errors, parallel.sequence, name, parallel)[0]
+    assert max(found.values()) < 1e-11, max(found, key=found.get)
+    assert counted["bytes experts"] > 0
+
+
+@pytest.mark.parametrize(
+    ("world", "parallel", "rows"),
+    [
+        (2, ParallelConfig(experts=2), (MIXED, TEXT)),  # a row of video, and one without
+        (4, ParallelConfig(inner=2, experts=2), (MIXED, VIDEO)),
+        (4, ParallelConfig(head=2, experts=4), (TEXT, MIXED)),
+        (4, ParallelConfig(inner=2, outer=2, experts=4, routing="relay", placement="context_first"), (MIXED,)),
+        (8, ParallelConfig(inner=2, head=2, experts=4), (MIXED, TEXT)),
+        (8, ParallelConfig(inner=4, experts=8, layout="zigzag"), (VIDEO, MIXED)),
+    ],
+    ids=str,
+)
+def test_a_vision_language_model_has_the_gradients_of_one_process(world, parallel, rows):
+    errors = run_ranks(with_mixture, world, gradients.folded, Case(parallel, world, rows))[0]
+    assert len(errors) == 60
+    assert max(errors.values()) < 1e-11, max(errors, key=errors.get)
+
+
+@pytest.mark.parametrize("policy", ["all", "save_attention"])
+def test_experts_are_right_when_they_are_computed_again(policy):
+    found, _ = run_ranks(test_models.errors, 2, "qwen3_moe", ParallelConfig(inner=2, experts=2), policy)[0]
+    assert max(found.values()) < 1e-11, max(found, key=found.get)
+
+
+def train_three_steps(parallel):
+    state = engines.make_state(parallel)
+    return engines.take_steps(state, 0, 3), whole_weights(state.model)
+
+
+@pytest.mark.parametrize(
+    ("world", "parallel"),
+    [(2, ParallelConfig(inner=2, experts=2)), (4, ParallelConfig(head=2, experts=2)), (4, ParallelConfig(experts=4))],
+)
+def test_norms_clipping_and_steps_are_those_of_one_process(world, parallel):
+    expected = run_ranks(with_mixture, 1, engines.plain_steps, 3)[0]
+    check_steps(run_ranks(with_mixture, world, train_three_steps, parallel), expected)
+
+
+def save_after_two(parallel, folder):
+    state = engines.make_state(parallel)
+    engines.take_steps(state, 0, 2)
+    with Checkpoints(folder, 1) as checkpoints:
+        checkpoints.save(state.engine.state(), Position(2, Cursor(0, 0, 8)), state.config)
+        engines.take_steps(state, 2, 1)
+    return whole_weights(state.model), state.engine.weights()
+
+
+def continue_after_two(parallel, folder):
+    state = engines.make_state(parallel)
+    assert resume(state.engine, Checkpoints(folder, 1)) == Position(2, Cursor(0, 0, 8))
+    engines.take_steps(state, 2, 1)
+    return whole_weights(state.model)
+
+
+def test_a_checkpoint_goes_on_under_any_other_fold_of_experts(tmp_path):
+    expected, exported = run_ranks(with_mixture, 4, save_after_two, ParallelConfig(inner=2, experts=2), tmp_path)[0]
+    for world, parallel in (
+        (2, ParallelConfig(inner=2)),
+        (2, ParallelConfig(experts=2)),
+        (4, ParallelConfig(experts=4)),
+    ):
+        resumed = run_ranks(with_mixture, world, continue_after_two, parallel, tmp_path)[0]
+        for name, weight in expected.items():
+            assert (resumed[name] - weight).abs().max() < 1e-9, (parallel, name)
+    for name, weight in expected.items():
+        assert (exported[name] - weight).abs().max() < 1e-6, name
+
+
+# Each fault leaves the loss as it is, and must show in a gradient.
+
+
+def _multiply_experts_gradients(factor):
+    real = apply._shard_parameters
+
+    def changed(model, *rest):
+        real(model, *rest)
+        for module in model.modules():
+            if isinstance(module, SharedExperts):
+                module.set_gradient_divide_factor(1 / factor)
+
+    apply._shard_parameters = changed
+
+
+def _experts_are_averaged_over_their_copies():
+    _multiply_experts_gradients(1 / 2)
+
+
+def _experts_are_summed_over_those_that_share_them_too():
+    _multiply_experts_gradients(2.0)
+
+
+def _routers_get_no_gradient():
+    real = experts.dispatch
+    apply.dispatch = lambda run, hidden, chosen, weights, *rest: real(run, hidden, chosen, weights.detach(), *rest)
+
+
+def _tokens_get_no_gradient():
+    real = experts.dispatch
+    apply.dispatch = lambda run, hidden, *rest: real(run, hidden.detach(), *rest)
+
+
+def _gradients_travel_to_other_ranks():
+    real = experts.all_to_all
+
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, sent, received, *rest):
+            ctx.arguments = (received, sent, *rest)
+            return real(x, sent, received, *rest)
+
+        @staticmethod
+        def backward(ctx, grad):
+            return real(grad.flip(0), *ctx.arguments), None, None, None, None
+
+    experts.all_to_all = Wrong.apply
+
+
+FAULTS = [
+    _experts_are_averaged_over_their_copies, _experts_are_summed_over_those_that_share_them_too,
+    _routers_get_no_gradient, _tokens_get_no_gradient, _gradients_travel_to_other_ranks,
+]  # fmt: skip
+
+
+def with_fault(fault, case):
+    fault()
+    return with_mixture(gradients.folded, case)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_seen_in_a_gradient_and_not_in_the_loss(fault):
+    case = Case(ParallelConfig(inner=2, experts=2), 4, (MIXED, VIDEO))
+    errors = run_ranks(with_fault, 4, fault, case)[0]
+    assert errors.pop("loss") < 1e-12
+    assert max(errors.values()) > 1e-3
+
+
+def exchange(chosen_by_rank):
+    """Tokens of every rank through experts that multiply by a parameter and by their number + 1."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    chosen = torch.tensor(chosen_by_rank[rank], dtype=torch.long).view(-1, 2)
+    torch.manual_seed(rank)
+    hidden = torch.randn(len(chosen), 4, dtype=torch.float64, requires_grad=True)
+    weights = torch.rand(len(chosen), 2, dtype=torch.float64, requires_grad=True)
+    factor = torch.ones(2, dtype=torch.float64, requires_grad=True)
+
+    def run(tokens, numbers, ones):
+        assert numbers.shape == ones.shape == (len(tokens), 1)
+        return tokens * factor[numbers] * (1.0 + 2 * rank + numbers)
+
+    with counting() as counts:
+        out = dispatch(run, hidden, chosen, weights, 2, dist.group.WORLD)
+        out.sum().backward()
+    expected = (hidden[:, None] * (1.0 + chosen)[..., None] * weights[..., None]).sum(1)
+    grads = torch.autograd.grad(expected.sum(), (hidden, weights)) if len(chosen) else (hidden, weights)
+    local = all(torch.allclose(a, b) for a, b in zip((out, hidden.grad, weights.grad), (expected, *grads), strict=True))
+    away = sum(int(number) // 2 != rank for number in chosen.flatten())
+    assert world == 3
+    return local, counts["bytes experts"], away, factor.grad
+
+
+@pytest.mark.parametrize("chosen", [
+    ([0, 1, 2, 3, 4, 5, 5, 0], [3, 2, 1, 0], [4, 0, 2, 5]),
+    ([0, 5, 2, 3], [], [4, 0]),  # a rank without tokens
+    ([4, 5, 5, 4], [4, 5], [5, 4]),  # everything to one rank, nothing to others
+    ([], [], []),
+], ids=str)  # fmt: skip
+def test_tokens_reach_their_experts_and_come_back(chosen):
+    found = run_ranks(exchange, 3, chosen)
+    assert all(local for local, *_ in found)
+    assert all(factor is not None for *_, factor in found)
+    # There and back, and their gradients: each (token, expert) pair on another rank crosses four times.
+    moved = sum(away for _, _, away, _ in found) * 4 * 8
+    assert sum(count for _, count, _, _ in found) == 4 * moved
+
+
+def refused(parallel, make, sharding):
+    apply_folds(make(), make_fold(parallel, "cpu"), sharding=sharding)
+
+
+@pytest.mark.parametrize(("world", "parallel", "make", "sharding", "words"), [
+    (3, ParallelConfig(experts=3), make_mixture, ShardingConfig(), "8 experts .* evenly among parallel.experts=3"),
+    (2, ParallelConfig(experts=2), DENSE, ShardingConfig(), "Qwen3ForCausalLM has no experts"),
+    (4, ParallelConfig(experts=3), make_mixture, ShardingConfig(), "parallel.experts=3 .* world of 4"),
+    (2, ParallelConfig(experts=2), make_mixture, ShardingConfig("none", "none"), "leave sharding"),
+], ids=["uneven", "no experts", "world", "sharding"])  # fmt: skip
+def test_what_cannot_be_shared_out_is_refused_with_both_numbers(world, parallel, make, sharding, words):
+    with pytest.raises((ConfigError, RankError), match=words):
+        run_ranks(refused, world, parallel, make, sharding)
