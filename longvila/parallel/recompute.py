@@ -23,10 +23,16 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import SAC_IGNORED_OPS, CheckpointPolicy, create_selective_checkpoint_contexts
 
 from longvila.config import RecomputeName
 from longvila.errors import ConfigError
+
+# FSDP2 labels what it does for a unit inside a layer (a mixture's experts), in the backward more often than before.
+# Torch counts the labels among the operators that must come again alike, and would refuse.
+SAC_IGNORED_OPS.update(
+    {torch.ops.profiler._record_function_enter_new.default, torch.ops.profiler._record_function_exit._RecordFunction}
+)
 
 ContextFn = Callable[[], tuple[AbstractContextManager, AbstractContextManager]]
 
@@ -51,8 +57,8 @@ def checkpoint_arguments(policy: RecomputeName, layers: Collection[int] | None =
         return {"use_reentrant": False}
 
     def is_kept(op: Any, args: tuple[Any, ...]) -> bool:
-        # The layer's number is the last argument of both operators.
-        return op in _operators() and (layers is None or args[-1] in layers)
+        # The layer's number is the last argument of both operators, and what travels the one before.
+        return op in _operators() and "experts" not in args and (layers is None or args[-1] in layers)
 
     def save() -> tuple[AbstractContextManager, AbstractContextManager]:
         def decide(_context: object, op: Any, *args: Any, **_kwargs: Any) -> CheckpointPolicy:
