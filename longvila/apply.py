@@ -2,7 +2,8 @@
 
 1. attention: the language model's layers call `folded_attention`, plugged in by name through transformers' registries;
 2. tiles: the layers' token-wise modules take a tile of tokens at a time (`model/tile.py`);
-3. experts: each rank keeps its share of every mixture's experts, and tokens travel (`parallel/experts.py`);
+3. experts: each rank keeps its share of every mixture's experts, and tokens travel (`parallel/experts.py`); losses of
+   the routers look at the tokens of all ranks (`parallel/balance.py`);
 4. recompute: activation checkpointing of the language model's layers, around the tiles;
 5. parameters: FSDP2 shards experts over the ranks that hold the same, and blocks, embeddings and the rest over all
    ranks. Gradients are SUMMED over ranks: the loss is already divided by the global count of target tokens, so no other
@@ -24,10 +25,11 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
-from longvila.config import RecomputeName, ShardingConfig
+from longvila.config import MixtureConfig, RecomputeName, ShardingConfig
 from longvila.errors import ConfigError
 from longvila.model.tile import tile_layers
 from longvila.parallel.attention import FoldedPlan
+from longvila.parallel.balance import RouterLosses
 from longvila.parallel.blocks import Mask
 from longvila.parallel.experts import dispatch
 from longvila.parallel.fold import Fold, check_sharding, parameter_mesh
@@ -97,7 +99,8 @@ def apply_folds(
     recompute_keeps: Collection[int] | None = None,
     sharding: ShardingConfig | None = ShardingConfig(),
     tile_tokens: int | None = None,
-) -> None:
+    mixture: MixtureConfig | None = None,
+) -> RouterLosses | None:
     """Makes `model` (a LongVilaModel, or a causal language model of transformers) run under `fold`, in place.
 
     Args:
@@ -106,6 +109,10 @@ def apply_folds(
         recompute_keeps: layers whose attention it keeps; None means all.
         sharding: FSDP2 over all ranks, or as it says. None leaves parameters whole and gradients to the caller.
         tile_tokens: tokens that the MLPs and norms of language-model layers take at a time; None means all.
+        mixture: losses of the routers of a mixture of experts.
+
+    Returns:
+        The losses of the routers, where `mixture` asks for any.
 
     Raises:
         ConfigError: for what cannot be done exactly with this model, by name.
@@ -123,6 +130,7 @@ def apply_folds(
         if sharding != ShardingConfig():
             raise ConfigError("parallel.experts above 1 goes with sharding over all ranks alone; leave sharding.* out")
         _share_experts(language_model, fold.experts["experts"])
+    losses = _hook_routers(language_model, fold, mixture) if mixture and (mixture.balance or mixture.z) else None
     if recompute != "none":
         # transformers 5.24 renamed it; earlier ones have the old name alone.
         new_name = getattr(language_model, "activation_checkpointing_enable", None)
@@ -130,6 +138,7 @@ def apply_folds(
         enable(checkpoint_arguments(recompute, recompute_keeps))
     if sharding is not None:
         _shard_parameters(model, fold, precision, sharding)
+    return losses
 
 
 def _shard_parameters(model: nn.Module, fold: Fold, precision: str, sharding: ShardingConfig) -> None:
@@ -229,6 +238,24 @@ def _share_experts(language_model: nn.Module, mesh: DeviceMesh) -> None:
         kind = type(module)
         module.__class__ = type(f"Shared{kind.__name__}", (SharedExperts, kind), {})
         module.ranks = mesh.get_group()  # type: ignore[assignment]
+
+
+def _hook_routers(language_model: PreTrainedModel, fold: Fold, mixture: MixtureConfig) -> RouterLosses:
+    """Raises ConfigError where transformers names no routers of this model."""
+    recorder = (getattr(language_model.base_model, "_can_record_outputs", None) or {}).get("router_logits")
+    kind = getattr(recorder, "target_class", None)
+    routers = [module for module in language_model.modules() if kind is not None and isinstance(module, kind)]
+    if not routers:
+        raise ConfigError(
+            f"mixture.balance={mixture.balance:g} and mixture.z={mixture.z:g}, but {type(language_model).__name__} has "
+            f"no routers that transformers names; set both to 0"
+        )
+    group = fold.sequence if mixture.over == "sequence" else dist.group.WORLD
+    assert group is not None
+    losses = RouterLosses(mixture, group)
+    for router in routers:
+        router.register_forward_hook(losses)
+    return losses
 
 
 def _is_experts(module: nn.Module) -> bool:

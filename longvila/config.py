@@ -165,6 +165,18 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
+class MixtureConfig:
+    """What keeps the experts of a mixture in use while its routers are trained (`longvila/parallel/balance.py`)."""
+
+    balance: float = 0.0
+    """Factor of each layer's load-balancing loss."""
+    z: float = 0.0
+    """Factor of each layer's router z-loss."""
+    over: Literal["world", "sequence"] = "world"
+    """Whose tokens are balanced together: those of all ranks, or those of one row."""
+
+
+@dataclass(frozen=True)
 class ShardingConfig:
     """Over which ranks each kind of training state is sharded: all, those of a node, or not at all (LoongTrain's hybrid
     ZeRO). Less sharding costs memory (`longvila/train/memory.py` prints how much) and saves traffic."""
@@ -230,6 +242,8 @@ class StageConfig:
     lora: LoraConfig | None = None
     optimizer: OptimizerConfig = OptimizerConfig()
     parallel: ParallelConfig = ParallelConfig()
+    mixture: MixtureConfig = MixtureConfig()
+    """Of language models that are mixtures of experts, under the engine `fsdp2`."""
     sharding: ShardingConfig = ShardingConfig()
     """Of the engine `fsdp2`; the others have their stage for it."""
     engine: EngineName = "fsdp2"

@@ -24,9 +24,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from longvila.apply import apply_folds
-from longvila.config import ShardingConfig, StageConfig
+from longvila.config import MixtureConfig, ShardingConfig, StageConfig
 from longvila.errors import ConfigError
 from longvila.model.vlm import LongVilaModel
+from longvila.parallel.balance import RouterLosses
 from longvila.parallel.fold import Fold
 from longvila.train.engine import whole
 from longvila.train.optimizer import make_optimizer, set_learning_rate
@@ -49,6 +50,8 @@ def deepspeed_config(config: StageConfig, world: int) -> dict[str, Any]:
         raise ConfigError(f"sharding.* is for the engine fsdp2; {config.engine} shards as its stage does")
     if config.parallel.experts > 1:
         raise ConfigError(f"parallel.experts={config.parallel.experts} is for the engine fsdp2, not {config.engine}")
+    if config.mixture != MixtureConfig():
+        raise ConfigError(f"mixture.* is for the engine fsdp2, not {config.engine}")
     bf16 = config.precision == "bf16"
     if bf16 and config.engine == "zero1":
         raise ConfigError("engine=zero1 sums gradients in bf16 where precision=bf16; use zero2, which sums in fp32")
@@ -93,6 +96,8 @@ def deepspeed_config(config: StageConfig, world: int) -> dict[str, Any]:
 
 class DeepSpeedEngine:
     """See `train.engine.Engine`."""
+
+    router_losses: RouterLosses | None = None
 
     def __init__(self, model: LongVilaModel, fold: Fold, config: StageConfig) -> None:
         settings = deepspeed_config(config, dist.get_world_size())

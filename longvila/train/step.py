@@ -54,7 +54,9 @@ def take_step(state: TrainingState, batch: Step, rate: float) -> dict[str, float
     """
     if batch.num_targets == 0:
         raise LongvilaError(f"no target token in the whole step (samples {[row.keys for row in batch.rows]})")
-    loss = 0.0
+    loss, routers = 0.0, state.engine.router_losses
+    if routers:
+        routers.rows = len(batch.rows)
     for index, row in enumerate(batch.rows):
         output = forward_row(state, row)
         # The only division: from here on every gradient is a plain sum over ranks.
@@ -85,6 +87,7 @@ def take_step(state: TrainingState, batch: Step, rate: float) -> dict[str, float
         "lr": rate,
         "grad_norm": grad_norm,
         "target_tokens": batch.num_targets,
+        **({"expert_load": routers.largest_load()} if routers else {}),
         # The ranks of a sequence group all counted the same rows.
         **{name: total / state.fold.num_sequence for name, total in zip(counted, sums, strict=True)},
     }

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from longvila.bench.engines import make_config
-from longvila.config import OptimizerConfig, ParallelConfig, ShardingConfig
+from longvila.config import MixtureConfig, OptimizerConfig, ParallelConfig, ShardingConfig
 from longvila.errors import ConfigError
 from longvila.train.deepspeed import deepspeed_config
 
@@ -86,6 +86,10 @@ def test_what_zero_cannot_do_is_refused(tmp_path):
         deepspeed_config(replace(CONFIG, engine="zero1", precision="bf16"), 2)
     with pytest.raises(ConfigError, match="sharding"):
         deepspeed_config(replace(CONFIG, sharding=ShardingConfig("node")), 2)
+    with pytest.raises(ConfigError, match=r"parallel\.experts=2"):
+        deepspeed_config(replace(CONFIG, parallel=ParallelConfig(experts=2)), 2)
+    with pytest.raises(ConfigError, match="mixture"):
+        deepspeed_config(replace(CONFIG, mixture=MixtureConfig(balance=0.1)), 2)
     nvme = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}
     with pytest.raises(ConfigError, match="nvme"):
         merged(tmp_path, nvme)
