@@ -39,6 +39,8 @@ benches = typer.Typer(
 app.add_typer(benches, name="bench")
 shards = typer.Typer(help="Look after shards.", no_args_is_help=True)
 app.add_typer(shards, name="data")
+shows = typer.Typer(help="Show what a run would do, without starting one.", no_args_is_help=True)
+app.add_typer(shows, name="show")
 output = Console(soft_wrap=True)
 errors = Console(stderr=True, soft_wrap=True)
 
@@ -411,6 +413,40 @@ def gpu(json_: Annotated[Path | None, typer.Option("--json", help="The file to w
     from longvila.bench.gpu import run
 
     _report(run(_print_table), json_)
+
+
+@functools.partial(verb, of=shows)
+def folds(
+    world: Annotated[int, typer.Option(min=1, help="Ranks in all.")],
+    node: Annotated[int, typer.Option(min=1, help="Ranks of a node.")] = 8,
+    set_: Annotated[
+        list[str],
+        typer.Option("--set", metavar="FIELD=VALUE", help="A field of `parallel`, e.g. inner=4; may be repeated."),
+    ] = [],  # noqa: B006
+) -> None:
+    """The groups that ranks form under a choice of `parallel.*`, and which of them span nodes. Starts no process."""
+    from longvila.config import ParallelConfig, override
+    from longvila.parallel.fold import fold_groups
+
+    groups = fold_groups(functools.reduce(override, set_, ParallelConfig()), world)
+    rows = [
+        {
+            "group": name,
+            "groups": len(members),
+            "ranks in each": len(members[0]),
+            "span nodes": sum(len({rank // node for rank in group}) > 1 for group in members),
+            "ranks": " ".join(str(group).replace(" ", "") for group in members[:4]) + " ..." * (len(members) > 4),
+        }
+        for name, members in groups.items()
+    ]
+    _print_table("folds", rows, f"{world} ranks in nodes of {node}")
+    spanning = next((row["span nodes"] for row in rows if row["group"] == "experts"), 0)
+    if spanning:
+        output.print(
+            f"[bold yellow]warning[/] {spanning} of {len(groups['experts'])} groups that share experts span nodes: "
+            f"tokens go to their experts over the links between nodes, in every layer and both ways; experts <= {node} "
+            f"avoids it"
+        )
 
 
 @verb

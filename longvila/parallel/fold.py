@@ -7,6 +7,7 @@ group is `outer x inner x head` ranks that read one row together.
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,6 +18,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from longvila.config import ParallelConfig, PlacementName, ShardingConfig
 from longvila.errors import ConfigError
+
+AXES = ("data", "outer", "inner", "head")
 
 
 @dataclass(frozen=True)
@@ -137,33 +140,65 @@ def check_world(parallel: ParallelConfig, world: int) -> int:
     return world // parallel.sequence
 
 
+Groups = dict[str, list[list[int]]]
+
+
+def fold_groups(parallel: ParallelConfig, world: int) -> Groups:
+    """The ranks of every process group that a fold has, by kind: for a kind, each rank is in one list. Pure arithmetic.
+
+    `sequence`: ranks that share a row. `data`: ranks that have the same place in different sequence groups. `heads`:
+    ranks that split the heads of the same tokens. `context`: ranks that have the same heads of different tokens; they
+    are `outer` rings of `inner` ranks, and `ring` is one of those. With shared experts, `experts`: ranks that share
+    them out; `copies`: ranks that hold the same ones.
+
+    Raises:
+        ConfigError: where the fold does not fit the world.
+    """
+    sizes = {"data": check_world(parallel, world), **{axis: getattr(parallel, axis) for axis in AXES[1:]}}
+    order = _axes(parallel)
+    ranks = torch.arange(world).view([sizes[axis] for axis in order]).permute([order.index(axis) for axis in AXES])
+
+    def along(*axes: str) -> list[list[int]]:
+        kept = [AXES.index(axis) for axis in axes]
+        others = [index for index in range(len(AXES)) if index not in kept]
+        return sorted(ranks.permute([*others, *kept]).reshape(-1, math.prod(sizes[axis] for axis in axes)).tolist())
+
+    groups = {
+        "sequence": [sorted(group) for group in along("outer", "inner", "head")],
+        "data": along("data"),
+        "heads": along("head"),
+        "context": along("outer", "inner"),
+        "ring": along("inner"),
+    }
+    if parallel.experts > 1:
+        shared = torch.arange(world).view(-1, parallel.experts)
+        groups |= {"experts": shared.tolist(), "copies": shared.T.tolist()}
+    return groups
+
+
 def make_fold(parallel: ParallelConfig, device_type: str) -> Fold:
     """Builds the mesh and this rank's groups. Collective: every rank of the world calls it.
 
     Raises:
         ConfigError: where the sequence group does not divide the world.
     """
-    num_data = check_world(parallel, dist.get_world_size())
+    world = dist.get_world_size()
+    num_data, groups = check_world(parallel, world), fold_groups(parallel, world)
     sizes = {"data": num_data, "outer": parallel.outer, "inner": parallel.inner, "head": parallel.head}
-    if parallel.placement == "context_first":
-        axes = ("data", "head", "outer", "inner")
-    else:
-        axes = ("data", "outer", "inner", "head")
-    mesh = _make_mesh(device_type, {axis: sizes[axis] for axis in axes})
-    ranks = mesh.mesh.cpu().permute([axes.index(axis) for axis in ("data", "head", "outer", "inner")])
-    columns = ranks.flatten(2).flatten(0, 1).tolist()
-    rings = ranks.flatten(0, 2).tolist()
-    context = _my_group(columns)
-    returns = _my_group(columns)
-    inner, inner_returns = (_my_group(rings), _my_group(rings)) if parallel.outer > 1 else (context, returns)
+    mesh = _make_mesh(device_type, {axis: sizes[axis] for axis in _axes(parallel)})
+    context, returns = _my_group(groups["context"]), _my_group(groups["context"])
+    inner, inner_returns = context, returns
+    if parallel.outer > 1:
+        inner, inner_returns = _my_group(groups["ring"]), _my_group(groups["ring"])
+    experts = None
+    if parallel.experts > 1:
+        experts = _make_mesh(device_type, {"copies": world // parallel.experts, "experts": parallel.experts})
     return Fold(
         mesh=mesh,
-        sequence=_my_group([sorted(row.flatten().tolist()) for row in ranks]),
+        sequence=_my_group(groups["sequence"]),
         context=context,
         links=Links(inner, context),
-        experts=_make_mesh(device_type, {"copies": dist.get_world_size() // shared, "experts": shared})
-        if (shared := parallel.experts) > 1
-        else None,
+        experts=experts,
         return_links=Links(inner_returns, returns),
         heads=mesh.get_group("head"),
         inner=parallel.inner,
@@ -172,6 +207,11 @@ def make_fold(parallel: ParallelConfig, device_type: str) -> Fold:
         data_rank=mesh.get_local_rank("data"),
         num_data=num_data,
     )
+
+
+def _axes(parallel: ParallelConfig) -> tuple[str, ...]:
+    """From the slowest to the fastest, along which ranks are neighbours."""
+    return ("data", "head", "outer", "inner") if parallel.placement == "context_first" else AXES
 
 
 def check_sharding(sharding: ShardingConfig, world: int) -> int:

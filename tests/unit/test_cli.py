@@ -107,6 +107,23 @@ def test_a_source_without_evaluation_files_says_so(tmp_path: Path):
     assert "does not define evaluation()" in result.stderr
 
 
+def test_folds_are_shown_without_a_process_and_experts_that_span_nodes_are_warned_of():
+    arguments = ["show", "folds", "--world", "16", "--set", "head=2", "--set", "inner=2"]
+    result = runner.invoke(app, [*arguments, "--set", "experts=8"])
+    assert result.exit_code == 0
+    lines = {line.split()[0]: line.split()[1:] for line in result.output.splitlines() if line.strip()}
+    assert lines["sequence"][:4] == ["4", "4", "0", "[0,1,2,3]"]
+    assert lines["heads"][:4] == ["8", "2", "0", "[0,1]"]
+    assert lines["experts"][:3] == ["2", "8", "0"]
+    assert lines["copies"][:4] == ["8", "2", "8", "[0,8]"]
+    assert "warning" not in result.output
+    result = runner.invoke(app, [*arguments, "--set", "experts=16"])
+    assert "1 of 1 groups that share experts span nodes" in " ".join(result.output.split())
+    result = runner.invoke(app, [*arguments, "--set", "experts=5"])
+    assert result.exit_code == 1
+    assert "parallel.experts=5" in result.output
+
+
 def test_doctor_names_what_the_machine_has():
     result = runner.invoke(app, ["doctor"])
     assert result.exit_code == 0

@@ -1,0 +1,62 @@
+"""Which ranks form the groups of a fold, without any process."""
+
+import pytest
+
+from longvila.config import ParallelConfig
+from longvila.errors import ConfigError
+from longvila.parallel.fold import fold_groups
+
+MANY = [
+    (1, ParallelConfig()),
+    (8, ParallelConfig(head=2, inner=2)),
+    (16, ParallelConfig(head=2, inner=2, outer=2, experts=8)),
+    (16, ParallelConfig(head=2, inner=2, outer=2, experts=2, placement="context_first")),
+    (12, ParallelConfig(inner=3, experts=4)),
+]
+
+
+@pytest.mark.parametrize(("world", "parallel"), MANY, ids=str)
+def test_every_rank_is_in_one_group_of_each_kind_and_groups_have_their_size(world, parallel):
+    groups = fold_groups(parallel, world)
+    sizes = {
+        "sequence": parallel.sequence, "data": world // parallel.sequence, "heads": parallel.head,
+        "context": parallel.inner * parallel.outer, "ring": parallel.inner,
+    }  # fmt: skip
+    if parallel.experts > 1:
+        sizes |= {"experts": parallel.experts, "copies": world // parallel.experts}
+    assert groups.keys() == sizes.keys()
+    for name, size in sizes.items():
+        assert sorted(rank for group in groups[name] for rank in group) == list(range(world))
+        assert {len(group) for group in groups[name]} == {size}
+    across = {(a, b): set(map(tuple, groups[a])) for a, b in (("heads", "context"), ("sequence", "data"))}
+    for (first, second), _ in across.items():
+        assert all(len(set(a) & set(b)) <= 1 for a in groups[first] for b in groups[second])
+
+
+def test_head_first_and_context_first_are_orders_of_the_same_axes():
+    groups = fold_groups(ParallelConfig(head=2, inner=2, outer=2), 8)
+    assert groups["heads"] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert groups["ring"] == [[0, 2], [1, 3], [4, 6], [5, 7]]
+    assert groups["context"] == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    groups = fold_groups(ParallelConfig(head=2, inner=2, outer=2, placement="context_first"), 8)
+    assert groups["heads"] == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    assert groups["ring"] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert groups["context"] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def test_experts_have_a_fold_of_their_own():
+    groups = fold_groups(ParallelConfig(inner=4, experts=2), 8)
+    assert groups["sequence"] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert groups["experts"] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert groups["copies"] == [[0, 2, 4, 6], [1, 3, 5, 7]]
+
+
+@pytest.mark.parametrize(("world", "parallel", "words"), [
+    (6, ParallelConfig(inner=4), "sequence group of 4 ranks .* world of 6"),
+    (8, ParallelConfig(experts=3), r"parallel\.experts=3 .* world of 8"),
+    (8, ParallelConfig(head=0), "at least 1"),
+    (8, ParallelConfig(experts=0), r"parallel\.experts=0"),
+])  # fmt: skip
+def test_what_does_not_fit_is_refused_with_both_numbers(world, parallel, words):
+    with pytest.raises(ConfigError, match=words):
+        fold_groups(parallel, world)
