@@ -29,7 +29,7 @@ from longvila.config import MixtureConfig, RecomputeName, ShardingConfig
 from longvila.errors import ConfigError
 from longvila.model.tile import tile_layers
 from longvila.parallel.attention import FoldedPlan
-from longvila.parallel.balance import RouterLosses
+from longvila.parallel.balance import Routers
 from longvila.parallel.blocks import Mask
 from longvila.parallel.experts import dispatch
 from longvila.parallel.fold import Fold, check_sharding, parameter_mesh
@@ -100,7 +100,7 @@ def apply_folds(
     sharding: ShardingConfig | None = ShardingConfig(),
     tile_tokens: int | None = None,
     mixture: MixtureConfig | None = None,
-) -> RouterLosses | None:
+) -> Routers | None:
     """Makes `model` (a LongVilaModel, or a causal language model of transformers) run under `fold`, in place.
 
     Args:
@@ -112,7 +112,7 @@ def apply_folds(
         mixture: losses of the routers of a mixture of experts.
 
     Returns:
-        The losses of the routers, where `mixture` asks for any.
+        The routers of a mixture, which count what they choose.
 
     Raises:
         ConfigError: for what cannot be done exactly with this model, by name.
@@ -130,7 +130,7 @@ def apply_folds(
         if sharding != ShardingConfig():
             raise ConfigError("parallel.experts above 1 goes with sharding over all ranks alone; leave sharding.* out")
         _share_experts(language_model, fold.experts["experts"])
-    losses = _hook_routers(language_model, fold, mixture) if mixture and (mixture.balance or mixture.z) else None
+    routers = _hook_routers(language_model, fold, mixture or MixtureConfig())
     if recompute != "none":
         # transformers 5.24 renamed it; earlier ones have the old name alone.
         new_name = getattr(language_model, "activation_checkpointing_enable", None)
@@ -138,7 +138,7 @@ def apply_folds(
         enable(checkpoint_arguments(recompute, recompute_keeps))
     if sharding is not None:
         _shard_parameters(model, fold, precision, sharding)
-    return losses
+    return routers
 
 
 def _shard_parameters(model: nn.Module, fold: Fold, precision: str, sharding: ShardingConfig) -> None:
@@ -240,22 +240,21 @@ def _share_experts(language_model: nn.Module, mesh: DeviceMesh) -> None:
         module.ranks = mesh.get_group()  # type: ignore[assignment]
 
 
-def _hook_routers(language_model: PreTrainedModel, fold: Fold, mixture: MixtureConfig) -> RouterLosses:
-    """Raises ConfigError where transformers names no routers of this model."""
+def _hook_routers(language_model: PreTrainedModel, fold: Fold, mixture: MixtureConfig) -> Routers | None:
+    """Raises ConfigError where losses are asked for and transformers names no routers of this model."""
     recorder = (getattr(language_model.base_model, "_can_record_outputs", None) or {}).get("router_logits")
     kind = getattr(recorder, "target_class", None)
-    routers = [module for module in language_model.modules() if kind is not None and isinstance(module, kind)]
-    if not routers:
-        raise ConfigError(
-            f"mixture.balance={mixture.balance:g} and mixture.z={mixture.z:g}, but {type(language_model).__name__} has "
-            f"no routers that transformers names; set both to 0"
-        )
+    found = [module for module in language_model.modules() if kind is not None and isinstance(module, kind)]
+    if not found:
+        if mixture.balance or mixture.z:
+            raise ConfigError(
+                f"mixture.balance={mixture.balance:g} and mixture.z={mixture.z:g}, but {type(language_model).__name__} "
+                f"has no routers that transformers names; set both to 0"
+            )
+        return None
     group = fold.sequence if mixture.over == "sequence" else dist.group.WORLD
     assert group is not None
-    losses = RouterLosses(mixture, group)
-    for router in routers:
-        router.register_forward_hook(losses)
-    return losses
+    return Routers(found, mixture, group)
 
 
 def _is_experts(module: nn.Module) -> bool:

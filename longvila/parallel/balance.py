@@ -1,4 +1,4 @@
-"""Losses that keep the experts of a mixture in use, layer by layer, over all the tokens that share a batch.
+"""What routers of a mixture choose, and losses that keep its experts in use, by layer, over the tokens of all ranks.
 
 The loss that transformers has for it pools all layers and looks at one rank's tokens, so that it changes with the
 number of ranks. Here each layer has its own, and counts are those of all ranks that are asked for: gradients are those
@@ -10,6 +10,8 @@ cross-entropy.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,37 +21,64 @@ from torch import Tensor, nn
 from longvila.config import MixtureConfig
 
 
-class RouterLosses:
-    """The losses of every router it is hooked to."""
+class Routers:
+    """The routers of a mixture: counts what they choose, and adds their losses where any are asked for."""
 
-    def __init__(self, config: MixtureConfig, group: dist.ProcessGroup) -> None:
+    def __init__(self, routers: Sequence[nn.Module], config: MixtureConfig, group: dist.ProcessGroup) -> None:
         """
         Args:
+            routers: of transformers; they return logits (T, E), scores (T, k) and chosen experts (T, k).
             group: ranks whose tokens are balanced together.
         """
         self._config, self._group = config, group
+        self._groups = dist.get_world_size() // dist.get_world_size(group)
         self.rows = 1
         """Rows of this step on each sequence group: the step has the mean of their losses."""
-        self._groups = dist.get_world_size() // dist.get_world_size(group)
-        self._loads: dict[nn.Module, Tensor] = {}
+        self.is_frame: Tensor | None = None
+        """(T,) which of this rank's tokens of the row are of frames; None: none is."""
+        self._counts: list[Tensor | None] = [None] * len(routers)
+        for number, router in enumerate(routers):
+            router.register_forward_hook(partial(self._see, number))
 
-    def __call__(self, router: nn.Module, _inputs: Any, outputs: tuple[Tensor, Tensor, Tensor]) -> Any:
-        """A forward hook of a router of transformers: logits (T, E), scores (T, k) and chosen experts (T, k)."""
+    def _see(self, number: int, router: nn.Module, _inputs: Any, outputs: tuple[Tensor, Tensor, Tensor]) -> Any:
         logits, scores, chosen = outputs
-        if not (router.training and torch.is_grad_enabled() and scores.requires_grad):
+        if not (router.training and torch.is_grad_enabled()):
             return None
-        loss, self._loads[router] = router_loss(logits, chosen, self._config, self._group)
+        # What is computed again is counted again, alike for every token: shares stay what they are.
+        kinds = chosen if self.is_frame is None else chosen + logits.shape[1] * self.is_frame[:, None]
+        counts = torch.bincount(kinds.flatten(), minlength=2 * logits.shape[1])
+        before = self._counts[number]
+        self._counts[number] = counts if before is None else before + counts
+        if not (self._config.balance or self._config.z) or not scores.requires_grad:
+            return None
+        loss = router_loss(logits, chosen, self._config, self._group)
         return logits, _WithLoss.apply(scores, loss, 1 / (self.rows * self._groups)), chosen
 
-    def largest_load(self) -> float:
-        """Of all experts of all layers in the last row, the largest share of tokens, by an even share: 1 is balance."""
-        loads = [load.max() for load in self._loads.values()]
-        return float(torch.stack(loads).max()) if loads else 0.0
+    def figures(self) -> dict[str, float]:
+        """Of what was chosen since the last call, on all ranks. Collective.
+
+        `expert_load`: of the fullest expert of any layer, its share of choices by an even share, 1 in balance;
+        `expert_load_text` and `expert_load_frames`: among tokens of one kind, 0 where there are none. `experts_idle`:
+        experts, over all layers, that no token was sent to.
+        """
+        seen = [counts for counts in self._counts if counts is not None]
+        self._counts = [None] * len(self._counts)
+        counts = torch.stack(seen)
+        dist.all_reduce(counts)
+        text, frames = counts.chunk(2, dim=1)
+
+        def load(part: Tensor) -> float:
+            return float((part.amax(1) * part.shape[1] / part.sum(1).clamp(min=1)).max())
+
+        return {
+            "expert_load": load(text + frames),
+            "expert_load_text": load(text),
+            "expert_load_frames": load(frames),
+            "experts_idle": float((text + frames == 0).sum()),
+        }
 
 
-def router_loss(
-    logits: Tensor, chosen: Tensor, config: MixtureConfig, group: dist.ProcessGroup
-) -> tuple[Tensor, Tensor]:
+def router_loss(logits: Tensor, chosen: Tensor, config: MixtureConfig, group: dist.ProcessGroup) -> Tensor:
     """This rank's part of a router's losses, which sum to the whole over `group`. Collective.
 
     The load-balancing loss is E * sum over experts of (share of choices) * (mean probability), 1 in balance (Switch
@@ -61,7 +90,7 @@ def router_loss(
         chosen: (T, k).
 
     Returns:
-        The loss, in fp32 at least, and each expert's share of choices by an even share, (E,).
+        The loss, in fp32 at least.
     """
     exact = torch.promote_types(logits.dtype, torch.float32)
     num_experts, logits = logits.shape[1], logits.to(exact)
@@ -73,7 +102,7 @@ def router_loss(
     num_tokens = choices / chosen.shape[1]
     balance = (loads * logits.softmax(-1).sum(0)).sum() / num_tokens
     z = logits.logsumexp(-1).square().sum() / num_tokens
-    return config.balance * balance + config.z * z, loads
+    return config.balance * balance + config.z * z
 
 
 class _WithLoss(torch.autograd.Function):

@@ -27,7 +27,6 @@ from longvila.apply import apply_folds
 from longvila.config import MixtureConfig, ShardingConfig, StageConfig
 from longvila.errors import ConfigError
 from longvila.model.vlm import LongVilaModel
-from longvila.parallel.balance import RouterLosses
 from longvila.parallel.fold import Fold
 from longvila.train.engine import whole
 from longvila.train.optimizer import make_optimizer, set_learning_rate
@@ -97,13 +96,13 @@ def deepspeed_config(config: StageConfig, world: int) -> dict[str, Any]:
 class DeepSpeedEngine:
     """See `train.engine.Engine`."""
 
-    router_losses: RouterLosses | None = None
-
     def __init__(self, model: LongVilaModel, fold: Fold, config: StageConfig) -> None:
         settings = deepspeed_config(config, dist.get_world_size())
         self._deepspeed = import_deepspeed()
         self._mesh = init_device_mesh(fold.mesh.device_type, (dist.get_world_size(),), mesh_dim_names=("zero",))
-        apply_folds(model, fold, config.precision, config.recompute, config.recompute_keeps, None, config.tile_tokens)
+        self.routers = apply_folds(
+            model, fold, config.precision, config.recompute, config.recompute_keeps, None, config.tile_tokens
+        )
         self.model = model
         self._stage = settings["zero_optimization"]["stage"]
         head = model.language_model.get_output_embeddings()

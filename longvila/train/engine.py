@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from longvila.apply import apply_folds
 from longvila.config import StageConfig
 from longvila.model.vlm import LongVilaModel
-from longvila.parallel.balance import RouterLosses
+from longvila.parallel.balance import Routers
 from longvila.parallel.fold import Fold
 from longvila.train.optimizer import make_optimizer, set_learning_rate
 
@@ -33,8 +33,8 @@ class Engine(Protocol):
     """Steps one model. Methods are collective over the world where they do not say otherwise."""
 
     model: LongVilaModel
-    router_losses: RouterLosses | None
-    """Of a mixture of experts, where the configuration asks for any."""
+    routers: Routers | None
+    """Of a mixture of experts."""
 
     def forward(self, **inputs: Any) -> Any:
         """The model's forward."""
@@ -96,7 +96,7 @@ class FSDP2Engine:
     """torch's fully sharded data parallelism. Weights, gradients and moments are DTensors."""
 
     def __init__(self, model: LongVilaModel, fold: Fold, config: StageConfig) -> None:
-        self.router_losses = apply_folds(
+        self.routers = apply_folds(
             model, fold, config.precision, config.recompute, config.recompute_keeps, config.sharding,
             config.tile_tokens, config.mixture,
         )  # fmt: skip

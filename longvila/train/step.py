@@ -54,7 +54,7 @@ def take_step(state: TrainingState, batch: Step, rate: float) -> dict[str, float
     """
     if batch.num_targets == 0:
         raise LongvilaError(f"no target token in the whole step (samples {[row.keys for row in batch.rows]})")
-    loss, routers = 0.0, state.engine.router_losses
+    loss, routers = 0.0, state.engine.routers
     if routers:
         routers.rows = len(batch.rows)
     for index, row in enumerate(batch.rows):
@@ -87,7 +87,7 @@ def take_step(state: TrainingState, batch: Step, rate: float) -> dict[str, float
         "lr": rate,
         "grad_norm": grad_norm,
         "target_tokens": batch.num_targets,
-        **({"expert_load": routers.largest_load()} if routers else {}),
+        **(routers.figures() if routers else {}),
         # The ranks of a sequence group all counted the same rows.
         **{name: total / state.fold.num_sequence for name, total in zip(counted, sums, strict=True)},
     }
@@ -108,6 +108,8 @@ def forward_row(state: TrainingState, row: Row) -> torch.Tensor:
         state.config.parallel.routing,
         attention_of(state.model.language_model.config),
     )
+    if state.engine.routers:
+        state.engine.routers.is_frame = local.input_ids.flatten() == model.config.frame_token_id
     output = state.engine.forward(
         input_ids=local.input_ids,
         frames=row.frames.to(device),

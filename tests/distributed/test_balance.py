@@ -13,6 +13,7 @@ from longvila.parallel.balance import router_loss
 from longvila.parallel.batch import shard_batch
 from longvila.parallel.fold import make_fold
 from longvila.parallel.launch import RankError, run_ranks
+from longvila.train.gradients import FRAME, make_row, reference
 
 from . import test_models
 from .test_experts import DENSE, make_mixture, with_mixture
@@ -58,27 +59,25 @@ def parts_of_the_loss(counts):
     torch.manual_seed(0)
     logits, chosen = torch.randn(sum(counts), 6, dtype=torch.float64), torch.randint(0, 6, (sum(counts), 2))
     mine = logits.split(counts)[dist.get_rank()].clone().requires_grad_()
-    loss, loads = router_loss(mine, chosen.split(counts)[dist.get_rank()], MIXTURE, dist.group.WORLD)
+    loss = router_loss(mine, chosen.split(counts)[dist.get_rank()], MIXTURE, dist.group.WORLD)
     loss.backward()
     logits.requires_grad_()
     expected = plain_loss(logits, chosen)
     expected.backward()
-    return loss.item(), expected.item(), mine.grad - logits.grad.split(counts)[dist.get_rank()], loads
+    return loss.item(), expected.item(), mine.grad - logits.grad.split(counts)[dist.get_rank()]
 
 
 @pytest.mark.parametrize("counts", COUNTS)
 def test_parts_of_ranks_sum_to_the_loss_of_all_tokens(counts):
     found = run_ranks(parts_of_the_loss, 3, counts)
     assert sum(part for part, *_ in found) == pytest.approx(found[0][1], rel=1e-12)
-    for _, _, difference, loads in found:
-        assert difference.abs().sum() < 1e-12
-        assert loads.mean().item() == pytest.approx(1)
+    assert all(difference.abs().sum() < 1e-12 for *_, difference in found)
 
 
 def errors(name, parallel, mixture, recompute):
     expected_loss, expected = test_models.reference(attach_plain_losses(test_models.make(name)))
     model, fold = test_models.make(name), make_fold(parallel, "cpu")
-    losses = apply_folds(model, fold, recompute=recompute, mixture=mixture)
+    routers = apply_folds(model, fold, recompute=recompute, mixture=mixture)
     ids, labels, positions = test_models.make_row()
     batch = shard_batch(
         test_models.LENGTHS, fold, parallel.layout, parallel.routing,
@@ -94,7 +93,7 @@ def errors(name, parallel, mixture, recompute):
     for key, parameter in model.named_parameters():
         difference = (parameter.grad.full_tensor() - expected[key]).abs().max()
         found[key] = (difference / expected[key].abs().max()).item()
-    return found, losses.largest_load()
+    return found, routers.figures()
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "qwen2_moe", "mixtral"])
@@ -109,9 +108,10 @@ def errors(name, parallel, mixture, recompute):
 )
 def test_gradients_of_a_model_are_those_of_one_process(name, parallel, over, recompute):
     mixture = MixtureConfig(MIXTURE.balance, MIXTURE.z, over)
-    found, load = run_ranks(errors, parallel.sequence, name, parallel, mixture, recompute)[0]
+    found, figures = run_ranks(errors, parallel.sequence, name, parallel, mixture, recompute)[0]
     assert max(found.values()) < 1e-11, max(found, key=found.get)
-    assert load > 1
+    assert figures["expert_load"] == figures["expert_load_text"] > 1
+    assert figures["expert_load_frames"] == 0
 
 
 def plain_steps():
@@ -129,6 +129,42 @@ def train_three_steps(parallel):
 def test_steps_have_the_mean_of_their_rows(world, parallel):
     expected = run_ranks(with_mixture, 1, plain_steps)[0]
     check_steps(run_ranks(with_mixture, world, train_three_steps, parallel), expected)
+
+
+def count_choices(parallel, recompute):
+    """The figures of a step, and counts of the same choices on one process."""
+    state = engines.make_state(parallel, recompute=recompute)
+    (figures,) = engines.take_steps(state, 0, 1)
+    assert state.engine.routers._counts == [None, None], "counts begin anew with each step"
+    model, chosen = make_mixture(), []
+    for name, module in model.named_modules():
+        if name.endswith("mlp.gate"):
+            module.register_forward_hook(lambda _, __, out: chosen.append(out[2]))
+    rows = [make_row(engines.DOCUMENTS[i], 4, 32, seed=i) for i in range(engines.ROWS_PER_STEP)]
+    reference(model, rows)
+    text, frames = torch.zeros(2, 8), torch.zeros(2, 8)
+    for index, row in enumerate(rows):
+        for layer in range(2):
+            is_frame = row.input_ids == FRAME
+            text[layer] += torch.bincount(chosen[2 * index + layer][~is_frame].flatten(), minlength=8)
+            frames[layer] += torch.bincount(chosen[2 * index + layer][is_frame].flatten(), minlength=8)
+    return figures, text, frames
+
+
+@pytest.mark.parametrize(
+    ("world", "parallel", "recompute"),
+    [(2, ParallelConfig(inner=2), "none"), (4, ParallelConfig(head=2, experts=2), "all")],
+)
+def test_what_is_chosen_is_counted_by_kind_of_token(world, parallel, recompute):
+    figures, text, frames = run_ranks(with_mixture, world, count_choices, parallel, recompute)[0]
+
+    def load(counts):
+        return (counts.max(1).values / counts.mean(1)).max().item()
+
+    assert figures["expert_load_text"] == pytest.approx(load(text))
+    assert figures["expert_load_frames"] == pytest.approx(load(frames))
+    assert figures["expert_load"] == pytest.approx(load(text + frames))
+    assert figures["experts_idle"] == (text + frames == 0).sum()
 
 
 def refused(make):
