@@ -15,6 +15,7 @@ import torch.distributed as dist
 from av.codec import Codec
 from av.codec.codec import UnknownCodecError
 
+from longvila.errors import ConfigError
 from longvila.parallel.kernel import flash_attention_4
 
 ABSENT = "not installed"
@@ -78,15 +79,23 @@ def choices() -> Section:
         "device": f"{gpus} x cuda" if gpus else "cpu",
         "backend": "nccl" if gpus else "gloo",
         "precision": "bf16 for scales 1.5b and 7b, fp32 for tiny and small",
-        "attention": "FlashAttention 4 for head dims 64 and 128, torch's FlashAttention 2 for others"
-        if flash_attention_4()
-        else "torch's flash attention for " + ("CUDA" if gpus else "the CPU"),
+        "attention": attention_kernels(),
         "engine": "FSDP2",
         "decoder": "PyAV",
         "ranks": f"torchrun --nproc-per-node {gpus}"
         if gpus
         else "torchrun --nproc-per-node N, N the number of processes",
     }
+
+
+def attention_kernels() -> str:
+    """What computes attention here."""
+    try:
+        if flash_attention_4():
+            return "FlashAttention 4 for head dims 64 and 128, torch's FlashAttention 2 for others"
+    except ConfigError as error:
+        return str(error)
+    return "torch's flash attention for " + ("CUDA" if torch.cuda.is_available() else "the CPU")
 
 
 def installed(package: str) -> str:

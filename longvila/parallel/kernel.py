@@ -142,12 +142,21 @@ def flash_attention_4() -> Any:
     """FlashAttention 4's kernels, where its package is installed and the GPU is a Hopper or a Blackwell; else None.
 
     Called by the names by which torch.nn.attention calls them: those that return and take the log-sum-exp.
+
+    Raises:
+        ConfigError: it is installed, and broken.
     """
     if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] not in (9, 10):
         return None
     if not find_spec("flash_attn") or not find_spec("flash_attn.cute"):
         return None
-    return import_module("flash_attn.cute.interface")
+    try:
+        return import_module("flash_attn.cute.interface")
+    except Exception as error:  # what it builds on raises what it likes
+        raise ConfigError(
+            f"FlashAttention 4 is installed and cannot be imported ({type(error).__name__}: {error}); install it again "
+            f"with its CUDA 13 parts (pip install 'longvila[gpu]'), or remove flash-attn-4"
+        ) from error
 
 
 def _ends(cuts: tuple[int, ...], q: Tensor, k: Tensor) -> tuple[Tensor | None, tuple[int, int]]:

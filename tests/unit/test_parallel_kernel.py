@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from longvila.doctor import attention_kernels
 from longvila.errors import ConfigError
 from longvila.parallel import kernel
 from longvila.parallel.kernel import block_backward, block_forward
@@ -87,6 +88,16 @@ def test_squares_end_to_end_equal_each_by_itself(device, dtype, bound):
     for found, reference in zip((out, lse, *grads), (expected, expected_lse, *expected_grads), strict=True):
         assert found.shape == reference.shape
         assert error(found, reference) < bound
+
+
+def test_a_broken_flash_attention_4_is_said_and_the_doctor_goes_on(monkeypatch):
+    kernel.flash_attention_4.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(kernel, "find_spec", lambda name: name)
+    with pytest.raises(ConfigError, match="FlashAttention 4 is installed and cannot be imported"):
+        kernel.flash_attention_4()
+    assert "cannot be imported" in attention_kernels()
 
 
 @CUDA
