@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Collection
 from functools import partial
@@ -38,6 +39,10 @@ from longvila.parallel.replay import ModelAttention, Shape
 
 ATTENTION = "longvila"
 _NUMBER = "longvila_layer"
+
+BALANCED = ("mixtral", "qwen2_moe", "qwen3_moe")
+"""Mixtures whose routers' probabilities are the softmax of their logits, as the losses of `parallel/balance.py` take
+them, and whose gradients with those losses were compared with one process's."""
 
 # What transformers passes to attention functions and what does not change the result here: positions are already in
 # q and k, caches are off in training, router logits and the keywords of the loss are a matter of the model's output.
@@ -213,7 +218,8 @@ def _expert_dim(copies: int, parameter: nn.Parameter) -> Shard:
 def _share_experts(language_model: nn.Module, mesh: DeviceMesh) -> None:
     """Leaves each rank of `mesh` its share of the experts of every mixture.
 
-    A mixture's experts are a module of transformers with `num_experts`, whose parameters all begin with that dimension.
+    A mixture's experts are a module of transformers with `num_experts`, whose parameters all begin with that dimension,
+    and whose forward takes tokens, their experts and their weights.
 
     Raises:
         ConfigError: there is none, or the experts cannot be shared out evenly.
@@ -241,16 +247,16 @@ def _share_experts(language_model: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def _hook_routers(language_model: PreTrainedModel, fold: Fold, mixture: MixtureConfig) -> Routers | None:
-    """Raises ConfigError where losses are asked for and transformers names no routers of this model."""
+    """Raises ConfigError where losses are asked for and not known for this model."""
     recorder = (getattr(language_model.base_model, "_can_record_outputs", None) or {}).get("router_logits")
     kind = getattr(recorder, "target_class", None)
     found = [module for module in language_model.modules() if kind is not None and isinstance(module, kind)]
+    if (mixture.balance or mixture.z) and (not found or language_model.config.model_type not in BALANCED):
+        raise ConfigError(
+            f"mixture.balance={mixture.balance:g} and mixture.z={mixture.z:g}, but {type(language_model).__name__} has "
+            f"no routers whose losses are known here (those of {', '.join(BALANCED)} are); set both to 0"
+        )
     if not found:
-        if mixture.balance or mixture.z:
-            raise ConfigError(
-                f"mixture.balance={mixture.balance:g} and mixture.z={mixture.z:g}, but {type(language_model).__name__} "
-                f"has no routers that transformers names; set both to 0"
-            )
         return None
     group = fold.sequence if mixture.over == "sequence" else dist.group.WORLD
     assert group is not None
@@ -259,7 +265,9 @@ def _hook_routers(language_model: PreTrainedModel, fold: Fold, mixture: MixtureC
 
 def _is_experts(module: nn.Module) -> bool:
     total, parameters = getattr(module, "num_experts", None), list(module.parameters())
-    return bool(parameters) and len(parameters[0].shape) == 3 and all(p.shape[0] == total for p in parameters)
+    if not parameters or parameters[0].ndim != 3 or any(p.shape[0] != total for p in parameters):
+        return False
+    return len(inspect.signature(module.forward).parameters) == 3
 
 
 def attention_of(config: PreTrainedConfig) -> ModelAttention:

@@ -27,7 +27,8 @@ class Routers:
     def __init__(self, routers: Sequence[nn.Module], config: MixtureConfig, group: dist.ProcessGroup) -> None:
         """
         Args:
-            routers: of transformers; they return logits (T, E), scores (T, k) and chosen experts (T, k).
+            routers: of transformers. Those that return logits (T, E), scores (T, k) and chosen experts (T, k) are
+                counted; losses are for routers whose probabilities are the softmax of their logits.
             group: ranks whose tokens are balanced together.
         """
         self._config, self._group = config, group
@@ -40,10 +41,10 @@ class Routers:
         for number, router in enumerate(routers):
             router.register_forward_hook(partial(self._see, number))
 
-    def _see(self, number: int, router: nn.Module, _inputs: Any, outputs: tuple[Tensor, Tensor, Tensor]) -> Any:
-        logits, scores, chosen = outputs
-        if not (router.training and torch.is_grad_enabled()):
+    def _see(self, number: int, _router: nn.Module, _inputs: Any, outputs: Any) -> Any:
+        if not torch.is_grad_enabled() or not _is_known(outputs):
             return None
+        logits, scores, chosen = outputs
         # What is computed again is counted again, alike for every token: shares stay what they are.
         kinds = chosen if self.is_frame is None else chosen + logits.shape[1] * self.is_frame[:, None]
         counts = torch.bincount(kinds.flatten(), minlength=2 * logits.shape[1])
@@ -59,10 +60,12 @@ class Routers:
 
         `expert_load`: of the fullest expert of any layer, its share of choices by an even share, 1 in balance;
         `expert_load_text` and `expert_load_frames`: among tokens of one kind, 0 where there are none. `experts_idle`:
-        experts, over all layers, that no token was sent to.
+        experts, over all layers, that no token was sent to. Nothing, where routers return something else.
         """
         seen = [counts for counts in self._counts if counts is not None]
         self._counts = [None] * len(self._counts)
+        if not seen:
+            return {}
         counts = torch.stack(seen)
         dist.all_reduce(counts)
         text, frames = counts.chunk(2, dim=1)
@@ -103,6 +106,14 @@ def router_loss(logits: Tensor, chosen: Tensor, config: MixtureConfig, group: di
     balance = (loads * logits.softmax(-1).sum(0)).sum() / num_tokens
     z = logits.logsumexp(-1).square().sum() / num_tokens
     return config.balance * balance + config.z * z
+
+
+def _is_known(outputs: Any) -> bool:
+    """Whether they are logits (T, E), scores (T, k) and chosen experts (T, k)."""
+    return (
+        isinstance(outputs, tuple) and len(outputs) == 3 and all(isinstance(each, Tensor) for each in outputs)
+        and outputs[0].ndim == outputs[2].ndim == 2 and not outputs[2].is_floating_point()
+    )  # fmt: skip
 
 
 class _WithLoss(torch.autograd.Function):

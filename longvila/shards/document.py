@@ -6,7 +6,7 @@ ranks of a sequence group before a single frame is decoded.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -114,12 +114,25 @@ def make_documents(
 def _encode_one(
     sample: Sample, encode: Encode, sampling: FrameSampling, size: int, row_tokens: int
 ) -> tuple[Document, bool]:
-    clips = _choose_views(sample, sampling, size)
+    # Headers of images are read once, however often fewer tiles are tried.
+    extents = [
+        image_extent(each.data, sample.key) if each.type == "image" and sampling.tiles > 1 else None
+        for each in sample.media
+    ]
+
+    def choose(tiles: int, frames: int) -> tuple[Clip, ...]:
+        fewer = replace(sampling, tiles=tiles, frames=frames)
+        return tuple(
+            Clip(each.type, each.data, _views(each, extent, fewer, size))
+            for each, extent in zip(sample.media, extents, strict=True)
+        )
+
+    clips = choose(sampling.tiles, sampling.frames)
     ids, labels = encode(sample.messages, None, [len(clip.views) for clip in clips])
     shortened = len(ids) > row_tokens
     if shortened:
         num_text = len(ids) - sum(len(clip.views) for clip in clips) * encode.tokens_per_frame
-        fewer = _fit(sample, sampling, size, (row_tokens - num_text) // encode.tokens_per_frame)
+        fewer = _fit(choose, sampling, (row_tokens - num_text) // encode.tokens_per_frame)
         if fewer is None:
             least = f" and {_frames(len(clips))} {len(clips) * encode.tokens_per_frame}" if clips else ""
             raise DataError(f"its text has {num_text} tokens{least}, more than a row of {row_tokens}")
@@ -128,30 +141,24 @@ def _encode_one(
     return Document(sample.key, ids, _shift(labels), clips), shortened
 
 
-def _choose_views(sample: Sample, sampling: FrameSampling, size: int) -> tuple[Clip, ...]:
-    return tuple(Clip(each.type, each.data, _views(sample.key, each, sampling, size)) for each in sample.media)
-
-
-def _views(key: str, medium: Medium, sampling: FrameSampling, size: int) -> Views:
+def _views(medium: Medium, extent: tuple[int, int] | None, sampling: FrameSampling, size: int) -> Views:
     if medium.type == "video":
         return sample_timestamps(medium.info, sampling)
-    if sampling.tiles == 1:
-        return (WHOLE,)
-    return choose_tiles(*image_extent(medium.data, key), size, sampling.tiles)
+    return (WHOLE,) if extent is None else choose_tiles(*extent, size, sampling.tiles)
 
 
-def _fit(sample: Sample, sampling: FrameSampling, size: int, room: int) -> tuple[Clip, ...] | None:
-    """The most views of the sample's media that are no more than `room`; None where there are more media than that."""
+def _fit(choose: Callable[[int, int], tuple[Clip, ...]], sampling: FrameSampling, room: int) -> tuple[Clip, ...] | None:
+    """The most views, by limits of tiles and frames, that are no more than `room`; None where media alone are more."""
     clips: tuple[Clip, ...] = ()
     for tiles in range(sampling.tiles, 0, -1):
-        clips = _choose_views(sample, replace(sampling, tiles=tiles), size)
+        clips = choose(tiles, sampling.frames)
         if sum(len(clip.views) for clip in clips) <= room:
             return clips
     videos = [len(clip.views) for clip in clips if clip.type == "video"]
     room -= len(clips) - len(videos)
     if not videos or room < len(videos):
         return None
-    return _choose_views(sample, replace(sampling, tiles=1, frames=_level(videos, room)), size)
+    return choose(1, _level(videos, room))
 
 
 def _level(amounts: list[int], room: int) -> int:

@@ -4,12 +4,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import transformers
 
 from longvila.apply import apply_folds
 from longvila.bench import engines
 from longvila.config import MixtureConfig, ParallelConfig
 from longvila.errors import ConfigError
-from longvila.parallel.balance import router_loss
+from longvila.parallel.balance import Routers, router_loss
 from longvila.parallel.batch import shard_batch
 from longvila.parallel.fold import make_fold
 from longvila.parallel.launch import RankError, run_ranks
@@ -171,7 +172,41 @@ def refused(make):
     apply_folds(make(), make_fold(ParallelConfig(), "cpu"), mixture=MIXTURE)
 
 
-def test_a_model_without_routers_is_refused():
+def make_other_mixture():
+    return transformers.OlmoeForCausalLM(transformers.OlmoeConfig(**test_models.SHAPE, num_experts=4))
+
+
+def test_a_model_whose_routers_losses_are_not_known_is_refused():
     run_ranks(refused, 1, make_mixture)
-    with pytest.raises((ConfigError, RankError), match=r"Qwen3ForCausalLM has no routers"):
-        run_ranks(refused, 1, DENSE)
+    for make, name in ((DENSE, "Qwen3ForCausalLM"), (make_other_mixture, "OlmoeForCausalLM")):
+        with pytest.raises((ConfigError, RankError), match=rf"{name} has no routers whose losses are known"):
+            run_ranks(refused, 1, make)
+
+
+class OtherRouter(torch.nn.Linear):
+    """Returns scores and logits alone, as some models' routers do."""
+
+    def forward(self, hidden):
+        logits = super().forward(hidden)
+        return logits.sigmoid(), logits
+
+
+def see_other_router():
+    router = OtherRouter(4, 3)
+    routers = Routers([router], MixtureConfig(), dist.group.WORLD)
+    router(torch.randn(2, 4))
+    return routers.figures()
+
+
+def test_routers_that_return_something_else_run_and_are_not_counted():
+    assert run_ranks(see_other_router, 1) == [{}]
+
+
+def train_projector(parallel):
+    state = engines.make_state(parallel, trains=("projector",))
+    return engines.take_steps(state, 0, 1)[0]
+
+
+def test_choices_are_counted_where_the_mixture_is_frozen():
+    figures = run_ranks(with_mixture, 2, train_projector, ParallelConfig(inner=2, experts=2))[0]
+    assert figures["expert_load"] > 1

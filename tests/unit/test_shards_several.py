@@ -10,13 +10,24 @@ import torch
 from longvila.config import FrameSampling
 from longvila.errors import ConfigError, DataError
 from longvila.media import read_subtitles
-from longvila.shards import BadRecord, SourceSample, write_shards
+from longvila.shards import BadRecord, SourceSample, document, write_shards
 from longvila.shards.check import check_shards
 from longvila.shards.conversations import to_sample
 from longvila.shards.index import read_index
-from longvila.shards.sample import split_name
+from longvila.shards.sample import Medium, Sample, split_name
 
-from .shards_parts import FRAME, FRAME_TOKENS, keys, make_loader, rewrite, rows_of, video, without_indexes
+from .shards_parts import (
+    FRAME,
+    FRAME_TOKENS,
+    conversation,
+    encode,
+    keys,
+    make_loader,
+    rewrite,
+    rows_of,
+    video,
+    without_indexes,
+)
 from .video_fixtures import make_image, make_mosaic, make_video, read_number
 
 
@@ -240,6 +251,15 @@ def test_pictures_lose_their_tiles_before_films_lose_frames(tmp_path, indexed, f
     assert found == expected
     assert (row.input_ids == FRAME).sum() == FRAME_TOKENS * len(expected)
     assert loader.bad.shortened == (len(expected) < 14)
+
+
+def test_an_images_header_is_read_once_however_often_fewer_tiles_are_tried(monkeypatch):
+    opened = []
+    monkeypatch.setattr(document, "image_extent", lambda *args: opened.append(args) or (288, 192))
+    media = (Medium("image", b"", None),) * 2
+    sample = Sample("two", [{"role": "user", "content": [{"type": "image"}] * 2}, *conversation("seen")[1:]], media)
+    ((made,), shortened) = document.make_documents(sample, encode, TILES, 48, 1 + 2 * FRAME_TOKENS)
+    assert (made.num_frames, shortened, len(opened)) == (2, True, 2)
 
 
 def test_ranks_share_the_tiles_of_one_picture(tmp_path):

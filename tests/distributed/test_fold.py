@@ -1,10 +1,12 @@
-"""Which ranks form the groups of a fold, without any process."""
+"""Which ranks form the groups of a fold."""
 
 import pytest
+import torch.distributed as dist
 
 from longvila.config import ParallelConfig
 from longvila.errors import ConfigError
-from longvila.parallel.fold import fold_groups
+from longvila.parallel.fold import fold_groups, make_fold
+from longvila.parallel.launch import run_ranks
 
 MANY = [
     (1, ParallelConfig()),
@@ -31,6 +33,29 @@ def test_every_rank_is_in_one_group_of_each_kind_and_groups_have_their_size(worl
     across = {(a, b): set(map(tuple, groups[a])) for a, b in (("heads", "context"), ("sequence", "data"))}
     for (first, second), _ in across.items():
         assert all(len(set(a) & set(b)) <= 1 for a in groups[first] for b in groups[second])
+
+
+def made_groups(parallel):
+    """The members of each of this rank's groups, from torch."""
+    fold = make_fold(parallel, "cpu")
+    groups = {
+        "sequence": fold.sequence, "data": fold.mesh.get_group("data"), "heads": fold.heads, "context": fold.context,
+        "ring": fold.links.inner,
+    }  # fmt: skip
+    if fold.experts is not None:
+        groups |= {name: fold.experts.get_group(name) for name in ("experts", "copies")}
+    return {name: dist.get_process_group_ranks(group) for name, group in groups.items()}
+
+
+@pytest.mark.parametrize("parallel", [
+    ParallelConfig(head=2, inner=2, outer=2, experts=4),
+    ParallelConfig(head=2, inner=2, outer=2, experts=2, placement="context_first"),
+    ParallelConfig(head=2, inner=2),
+], ids=str)  # fmt: skip
+def test_the_groups_that_are_made_are_these(parallel):
+    groups = fold_groups(parallel, 8)
+    for rank, made in enumerate(run_ranks(made_groups, 8, parallel)):
+        assert made == {name: next(group for group in groups[name] if rank in group) for name in groups}
 
 
 def test_head_first_and_context_first_are_orders_of_the_same_axes():
