@@ -8,6 +8,7 @@ writes. Labels here are not shifted.
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
@@ -83,11 +84,13 @@ def encode_messages(
     text = _render(tokenizer, messages)
     answers = _answer_spans(tokenizer, messages, text)
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    labels = [
-        token if any(start <= offset[0] < end for start, end in answers) else IGNORE
-        for token, offset in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True)
-    ]
-    return _expand(tokenizer, encoding["input_ids"], labels, [count * tokens_per_frame for count in frames])
+    ids = list(encoding["input_ids"])
+    starts = [start for start, _ in encoding["offset_mapping"]]
+    labels = [IGNORE] * len(ids)
+    for start, end in answers:
+        answer = slice(bisect_left(starts, start), bisect_left(starts, end))
+        labels[answer] = ids[answer]
+    return _expand(tokenizer, ids, labels, [count * tokens_per_frame for count in frames])
 
 
 def encode_prompt(

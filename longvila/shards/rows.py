@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 
+import numpy as np
 import torch
 
 from longvila.errors import MediaError
@@ -99,8 +100,8 @@ def start_row(
                 failed[index] = str(error)
         lengths = tuple(len(document.ids) for document in documents)
         return Row(
-            input_ids=torch.tensor([token for document in documents for token in document.ids]),
-            labels=torch.tensor([label for document in documents for label in document.labels]),
+            input_ids=_tensor(document.ids for document in documents),
+            labels=_tensor(document.labels for document in documents),
             position_ids=torch.cat([torch.arange(length) for length in lengths]),
             lengths=lengths,
             keys=tuple(document.key for document in documents),
@@ -111,3 +112,8 @@ def start_row(
         )
 
     return finish
+
+
+def _tensor(parts: Iterable[list[int]]) -> torch.Tensor:
+    # By way of numpy: torch.tensor takes four times as long for a list of integers.
+    return torch.from_numpy(np.array(list(chain.from_iterable(parts)), dtype=np.int64))
