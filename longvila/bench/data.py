@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import os
 import random
+import statistics
 import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -103,49 +103,61 @@ def read_all(loader: RowLoader, start: Cursor | None = None) -> list[Row]:
 
 
 def measure_efficiency(root: Path, quick: bool) -> Rows:
-    """The pipeline (plan, tokenize, decode, build rows) beside the decoder alone on the same frames, in turn.
+    """The pipeline (plan, tokenize, decode, build rows) beside the bare decoder on the same frames, row by row in turn.
 
-    The bar is on a run's later epochs; the first one, which opens shards, measures lengths and finds memory, is printed
-    too.
+    The bar is on a run's later epochs, by the median of them; the first one, which opens shards, measures lengths and
+    finds memory, is printed too.
     """
     encode = make_encoder()
     films = write_films(root / "films", 4 if quick else 12, 10 if quick else 20)
     pictures = write_pictures(root / "pictures", 64 if quick else 512)
     times = [step / 2 for step in range(2 * (10 if quick else 20))]
 
-    def bare_films() -> None:
-        for film in films:
-            decode_frames(film, times, IMAGE_SIZE, "film")
+    def bare_film(key: str) -> None:
+        decode_frames(films[int(key.removeprefix("film"))], times, IMAGE_SIZE, key)
 
-    def bare_pictures() -> None:
-        for picture in pictures:
-            decode_image(picture, IMAGE_SIZE, "picture")
-
-    def read(loader: RowLoader, epoch: int) -> None:
-        for _ in loader.rows(Cursor(epoch)):
-            pass
+    def bare_picture(key: str) -> None:
+        decode_image(pictures[int(key.removeprefix("picture"))], IMAGE_SIZE, key)
 
     table = []
-    for source, count, bare in (("films", len(films), bare_films), ("pictures", len(pictures), bare_pictures)):
-        alone, first, later = [], [], []
-
-        for repeat in range(5):
-            alone.append(_cpu_seconds(bare))
-            with _own_cache(root / f"lengths-{source}-{repeat}"):
-                loader = make_loader(root, source, encode)
-                first.append(_cpu_seconds(partial(read, loader, 0)))
-                later.append(_cpu_seconds(partial(read, loader, 1)))
+    for source, count, bare in (("films", len(films), bare_film), ("pictures", len(pictures), bare_picture)):
+        with _own_cache(root / f"lengths-{source}"):
+            loader = make_loader(root, source, encode)
+            first, *later = [_in_turn(loader, epoch, bare) for epoch in range(6 if quick else 12)]
         table.append(
             {
                 "source": source,
                 "samples": count,
-                "bare_per_cpu_second": count / min(alone),
-                "pipeline_per_cpu_second": count / min(later),
-                "efficiency": min(alone) / min(later),
-                "efficiency_of_first_epoch": min(alone) / min(first),
+                "bare_per_cpu_second": count / statistics.median(alone for alone, _ in later),
+                "pipeline_per_cpu_second": count / statistics.median(whole for _, whole in later),
+                "efficiency": statistics.median(alone / whole for alone, whole in later),
+                "efficiency_least": min(alone / whole for alone, whole in later),
+                "efficiency_most": max(alone / whole for alone, whole in later),
+                "efficiency_of_first_epoch": first[0] / first[1],
             }
         )
     return table
+
+
+def _in_turn(loader: RowLoader, epoch: int, bare: Callable[[str], None]) -> tuple[float, float]:
+    """CPU seconds of the bare decoder and of the pipeline, which takes each row just before.
+
+    A machine shared with others changes its speed within seconds; this way both see the same of it.
+    """
+    alone = whole = 0.0
+    rows = loader.rows(Cursor(epoch))
+    while True:
+        begin = time.process_time()
+        row, _ = next(rows, (None, None))
+        whole += time.process_time() - begin
+        if row is None:
+            return alone, whole
+        keys = row.keys
+        del row
+        begin = time.process_time()
+        for key in keys:
+            bare(key)
+        alone += time.process_time() - begin
 
 
 def measure_shares(root: Path, quick: bool) -> Rows:
@@ -325,9 +337,3 @@ def _own_cache(folder: Path) -> Iterator[None]:
 
 def _resident_mb() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-
-def _cpu_seconds(function: Callable[[], Any]) -> float:
-    started = time.process_time()
-    function()
-    return time.process_time() - started
