@@ -1,6 +1,6 @@
 """Trains one stage: the start, the loop and the end of a run.
 
-`train` reads as the story of a stage. Every rank runs it; what ranks are for is decided by the folds (`apply.py`), and
+`train` reads as the story of a stage. Every rank runs it; what ranks are for is decided by the folds (`apply/`), and
 what they agree on each step by `feed.py`.
 """
 

@@ -6,7 +6,9 @@ import torch.distributed as dist
 from transformers import Qwen3MoeConfig
 
 from longvila import apply
-from longvila.apply import SharedExperts, apply_folds
+from longvila.apply import apply_folds
+from longvila.apply import experts as mixtures
+from longvila.apply.experts import SharedExperts
 from longvila.bench import engines
 from longvila.config import ParallelConfig, ShardingConfig
 from longvila.errors import ConfigError
@@ -146,7 +148,7 @@ def test_a_checkpoint_goes_on_under_any_other_fold_of_experts(tmp_path):
 
 
 def _multiply_experts_gradients(factor):
-    real = apply._shard_parameters
+    real = apply.shard_parameters
 
     def changed(model, *rest):
         real(model, *rest)
@@ -154,7 +156,7 @@ def _multiply_experts_gradients(factor):
             if isinstance(module, SharedExperts):
                 module.set_gradient_divide_factor(1 / factor)
 
-    apply._shard_parameters = changed
+    apply.shard_parameters = changed
 
 
 def _experts_are_averaged_over_their_copies():
@@ -167,12 +169,12 @@ def _experts_are_summed_over_those_that_share_them_too():
 
 def _routers_get_no_gradient():
     real = experts.dispatch
-    apply.dispatch = lambda run, hidden, chosen, weights, *rest: real(run, hidden, chosen, weights.detach(), *rest)
+    mixtures.dispatch = lambda run, hidden, chosen, weights, *rest: real(run, hidden, chosen, weights.detach(), *rest)
 
 
 def _tokens_get_no_gradient():
     real = experts.dispatch
-    apply.dispatch = lambda run, hidden, *rest: real(run, hidden.detach(), *rest)
+    mixtures.dispatch = lambda run, hidden, *rest: real(run, hidden.detach(), *rest)
 
 
 def _gradients_travel_to_other_ranks():

@@ -1,0 +1,79 @@
+"""Applies the folds to a model: the one place that knows both. The order matters and is the order of this file.
+
+1. attention: the language model's layers call `folded_attention`, plugged in by name through transformers' registries;
+2. tiles: the layers' token-wise modules take a tile of tokens at a time (`model/tile.py`);
+3. experts: each rank keeps its share of every mixture's experts, and tokens travel (`parallel/experts.py`); losses of
+   the routers look at the tokens of all ranks (`parallel/balance.py`);
+4. recompute: activation checkpointing of the language model's layers, around the tiles;
+5. parameters: FSDP2 shards experts over the ranks that hold the same, and blocks, embeddings and the rest over all
+   ranks. Gradients are SUMMED over ranks: the loss is already divided by the global count of target tokens, so no other
+   factor may appear.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from transformers import PreTrainedModel
+
+from longvila.apply.attention import ATTENTION, NUMBER, attention_of
+from longvila.apply.experts import hook_routers, share_experts
+from longvila.apply.parameters import blocks, shard_parameters
+from longvila.config import MixtureConfig, RecomputeName, ShardingConfig
+from longvila.errors import ConfigError
+from longvila.model.tile import tile_layers
+from longvila.parallel.balance import Routers
+from longvila.parallel.fold import Fold
+from longvila.parallel.recompute import checkpoint_arguments
+
+__all__ = ["apply_folds", "attention_of", "blocks"]
+
+
+def apply_folds(
+    model: PreTrainedModel,
+    fold: Fold,
+    precision: str = "fp32",
+    recompute: RecomputeName = "none",
+    recompute_keeps: Collection[int] | None = None,
+    sharding: ShardingConfig | None = ShardingConfig(),
+    tile_tokens: int | None = None,
+    mixture: MixtureConfig | None = None,
+) -> Routers | None:
+    """Makes `model` (a LongVilaModel, or a causal language model of transformers) run under `fold`, in place.
+
+    Args:
+        precision: `fp32` or `bf16` computation; parameters keep their own type as masters.
+        recompute: activation checkpointing of every language-model layer (`parallel/recompute.py`).
+        recompute_keeps: layers whose attention it keeps; None means all.
+        sharding: FSDP2 over all ranks, or as it says. None leaves parameters whole and gradients to the caller.
+        tile_tokens: tokens that the MLPs and norms of language-model layers take at a time; None means all.
+        mixture: losses of the routers of a mixture of experts.
+
+    Returns:
+        The routers of a mixture, which count what they choose.
+
+    Raises:
+        ConfigError: for what cannot be done exactly with this model, by name.
+    """
+    language_model = getattr(model, "language_model", model)
+    language_model.set_attn_implementation(ATTENTION)
+    if recompute_keeps is not None:
+        # Only then do layers need numbers; they would cost `torch.compile` a graph for each.
+        for module in language_model.modules():
+            if hasattr(module, "layer_idx"):
+                setattr(module, NUMBER, module.layer_idx)
+    if tile_tokens is not None:
+        tile_layers(blocks(language_model), tile_tokens)
+    if fold.experts is not None:
+        if sharding != ShardingConfig():
+            raise ConfigError("parallel.experts above 1 goes with sharding over all ranks alone; leave sharding.* out")
+        share_experts(language_model, fold.experts["experts"])
+    routers = hook_routers(language_model, fold, mixture or MixtureConfig())
+    if recompute != "none":
+        # transformers 5.24 renamed it; earlier ones have the old name alone.
+        new_name = getattr(language_model, "activation_checkpointing_enable", None)
+        enable = new_name or language_model.gradient_checkpointing_enable
+        enable(checkpoint_arguments(recompute, recompute_keeps))
+    if sharding is not None:
+        shard_parameters(model, fold, precision, sharding)
+    return routers

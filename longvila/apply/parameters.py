@@ -1,0 +1,83 @@
+"""The parameter fold: which ranks shard which parameters, by FSDP2, and over which their gradients are summed."""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
+
+from longvila.apply.experts import SharedExperts
+from longvila.config import ShardingConfig
+from longvila.parallel.fold import Fold, check_sharding, parameter_mesh
+
+
+def shard_parameters(model: nn.Module, fold: Fold, precision: str, sharding: ShardingConfig) -> None:
+    policy = (
+        MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        if precision == "bf16"
+        else MixedPrecisionPolicy()
+    )
+    mesh = parameter_mesh(sharding, fold.mesh.device_type)
+    reshard: bool | int = sharding.parameters != "none"
+    if sharding.parameters == "node" and sharding.optimizer == "world":
+        reshard = check_sharding(sharding, mesh.size())
+        if reshard == mesh.size():  # one node is the world
+            reshard = True
+
+    def shard(module: nn.Module, ignored: set[nn.Parameter] | None = None) -> Any:
+        return fully_shard(module, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy, ignored_params=ignored)
+
+    if fold.experts is not None:
+        copies = fold.experts["copies"]
+        for module in model.modules():
+            if isinstance(module, SharedExperts):
+                fully_shard(module, mesh=copies, reshard_after_forward=reshard, mp_policy=policy,
+                            shard_placement_fn=partial(_expert_dim, copies.size()))  # fmt: skip
+    for block in blocks(model):
+        shard(block)
+    # The matrices of words are large and of no use to the backward of a look-up: gathered for the forward alone.
+    language_model: Any = getattr(model, "language_model", model)
+    embedding, head = language_model.get_input_embeddings(), language_model.get_output_embeddings()
+    tied = head is not None and embedding.weight is head.weight
+    if not tied:
+        shard(embedding).set_unshard_in_backward(False)
+    if language_model is model:
+        shard(model)
+    else:  # nor does the backward of the chunked loss look at them, so that the root unit holds the output matrix alone
+        # Both may end in a view, of which torch warns: nothing writes into that.
+        warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(FSDP(VisionTower|Projector)\) returned a view")
+        shard(model.vision)  # type: ignore[arg-type]
+        shard(model.projector)  # type: ignore[arg-type]
+        shard(language_model.get_decoder(), {embedding.weight} if tied else None)
+        shard(model).set_unshard_in_backward(False)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def _expert_dim(copies: int, parameter: nn.Parameter) -> Shard:
+    """The dimension by which ranks that hold the same experts shard them: not that of the experts, where it divides."""
+    return Shard(1 if parameter.ndim > 1 and parameter.shape[1] % copies == 0 else 0)
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The repeated layers of the tower and the language model: children of every outermost list of two or more."""
+    found: list[nn.Module] = []
+
+    def visit(module: nn.Module) -> None:
+        children = list(module.children())
+        repeated = isinstance(module, (nn.ModuleList, nn.Sequential)) and len({type(c) for c in children}) == 1
+        if repeated and len(children) > 1 and any(True for _ in children[0].parameters()):
+            found.extend(children)
+            return
+        for child in children:
+            visit(child)
+
+    visit(model)
+    return found
