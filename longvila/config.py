@@ -140,7 +140,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """The attention fold of one sequence group: head x inner x outer ranks read one row together."""
+    """The fold of a sequence group (head x inner x outer x tensor ranks read a row together), and the experts' own."""
 
     head: int = 1
     """Ranks that split the attention heads of the same tokens (all-to-all, as DeepSpeed-Ulysses)."""
@@ -157,11 +157,14 @@ class ParallelConfig:
     experts: int = 1
     """Neighbouring ranks that share out the experts of a mixture: a fold of its own over all ranks, whatever
     attention's is (MoE Parallel Folding)."""
+    tensor: int = 1
+    """Neighbouring ranks that share out the matrices of attention and MLPs (Megatron's tensor parallelism). Outside of
+    these each has its own tokens, and a row is split over them too."""
 
     @property
     def sequence(self) -> int:
         """Ranks in one sequence group."""
-        return self.head * self.inner * self.outer
+        return self.head * self.inner * self.outer * self.tensor
 
 
 @dataclass(frozen=True)

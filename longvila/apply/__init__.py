@@ -2,10 +2,11 @@
 
 1. attention: the language model's layers call `folded_attention`, plugged in by name through transformers' registries;
 2. tiles: the layers' token-wise modules take a tile of tokens at a time (`model/tile.py`);
-3. experts: each rank keeps its share of every mixture's experts, and tokens travel (`parallel/experts.py`); losses of
+3. tensor: each rank keeps its part of the matrices of attention and MLPs (`parallel/tensor.py`);
+4. experts: each rank keeps its share of every mixture's experts, and tokens travel (`parallel/experts.py`); losses of
    the routers look at the tokens of all ranks (`parallel/balance.py`);
-4. recompute: activation checkpointing of the language model's layers, around the tiles;
-5. parameters: FSDP2 shards experts over the ranks that hold the same, and blocks, embeddings and the rest over all
+5. recompute: activation checkpointing of the language model's layers, around the tiles;
+6. parameters: FSDP2 shards experts and parts of matrices over the ranks that hold the same, and the rest over all
    ranks. Gradients are SUMMED over ranks: the loss is already divided by the global count of target tokens, so no other
    factor may appear.
 """
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 from longvila.apply.attention import ATTENTION, NUMBER, attention_of
 from longvila.apply.experts import hook_routers, share_experts
 from longvila.apply.parameters import blocks, shard_parameters
+from longvila.apply.tensor import cut_matrices
 from longvila.config import MixtureConfig, RecomputeName, ShardingConfig
 from longvila.errors import ConfigError
 from longvila.model.tile import tile_layers
@@ -64,9 +66,13 @@ def apply_folds(
                 setattr(module, NUMBER, module.layer_idx)
     if tile_tokens is not None:
         tile_layers(blocks(language_model), tile_tokens)
+    folded = fold.num_tensor > 1 or fold.experts is not None
+    if folded and sharding not in (None, ShardingConfig()):
+        raise ConfigError(
+            "parallel.tensor and parallel.experts above 1 go with sharding over all ranks alone; leave sharding.* out"
+        )
+    cut = cut_matrices(language_model, fold.tensor["tensor"]) if fold.num_tensor > 1 else []
     if fold.experts is not None:
-        if sharding != ShardingConfig():
-            raise ConfigError("parallel.experts above 1 goes with sharding over all ranks alone; leave sharding.* out")
         share_experts(language_model, fold.experts["experts"])
     routers = hook_routers(language_model, fold, mixture or MixtureConfig())
     if recompute != "none":
@@ -75,5 +81,5 @@ def apply_folds(
         enable = new_name or language_model.gradient_checkpointing_enable
         enable(checkpoint_arguments(recompute, recompute_keeps))
     if sharding is not None:
-        shard_parameters(model, fold, precision, sharding)
+        shard_parameters(model, fold, precision, sharding, cut)
     return routers

@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import DTensor, Shard
 
 from longvila.apply.experts import SharedExperts
 from longvila.config import ShardingConfig
+from longvila.errors import ConfigError
 from longvila.parallel.fold import Fold, check_sharding, parameter_mesh
 
+# What lies over two axes is gathered in two steps, of which torch warns: weights for an export, and one number a step.
+logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
-def shard_parameters(model: nn.Module, fold: Fold, precision: str, sharding: ShardingConfig) -> None:
+
+def shard_parameters(
+    model: nn.Module, fold: Fold, precision: str, sharding: ShardingConfig, cut: Sequence[Sequence[nn.Module]] = ()
+) -> None:
+    """Shards all parameters, in place.
+
+    Args:
+        cut: of each layer, the linear layers of which each rank of a tensor group has a part.
+
+    Raises:
+        ConfigError: for a parameter whose gradient would not be summed over all ranks.
+    """
     policy = (
         MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         if precision == "bf16"
@@ -32,12 +50,16 @@ def shard_parameters(model: nn.Module, fold: Fold, precision: str, sharding: Sha
     def shard(module: nn.Module, ignored: set[nn.Parameter] | None = None) -> Any:
         return fully_shard(module, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy, ignored_params=ignored)
 
+    def shard_copies(modules: Any, copies: DeviceMesh) -> None:
+        fully_shard(modules, mesh=copies, reshard_after_forward=reshard, mp_policy=policy,
+                    shard_placement_fn=partial(_other_dim, copies.size()))  # fmt: skip
+
     if fold.experts is not None:
-        copies = fold.experts["copies"]
         for module in model.modules():
             if isinstance(module, SharedExperts):
-                fully_shard(module, mesh=copies, reshard_after_forward=reshard, mp_policy=policy,
-                            shard_placement_fn=partial(_expert_dim, copies.size()))  # fmt: skip
+                shard_copies(module, fold.experts["copies"])
+    for linears in cut:
+        shard_copies(list(linears), fold.tensor["copies"])
     for block in blocks(model):
         shard(block)
     # The matrices of words are large and of no use to the backward of a look-up: gathered for the forward alone.
@@ -59,11 +81,32 @@ def shard_parameters(model: nn.Module, fold: Fold, precision: str, sharding: Sha
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+    check_rules(model)
 
 
-def _expert_dim(copies: int, parameter: nn.Parameter) -> Shard:
-    """The dimension by which ranks that hold the same experts shard them: not that of the experts, where it divides."""
-    return Shard(1 if parameter.ndim > 1 and parameter.shape[1] % copies == 0 else 0)
+def check_rules(model: nn.Module) -> None:
+    """Every parameter must lie spread or alike over ALL ranks, so that its gradient is summed over all that hold it.
+
+    Raises:
+        ConfigError: naming one that is not.
+    """
+    world = dist.get_world_size()
+    for name, parameter in model.named_parameters():
+        ranks = parameter.device_mesh.size() if isinstance(parameter, DTensor) else 1
+        if not isinstance(parameter, DTensor) or ranks != world:
+            raise ConfigError(
+                f"no rule sums the gradient of {name} over all {world} ranks (it knows of {ranks}); the folds of "
+                f"{type(model).__name__} leave it out"
+            )
+
+
+def _other_dim(copies: int, parameter: nn.Parameter) -> Shard:
+    """The dimension by which ranks that hold the same part of a parameter shard it: not that of the parts, where it
+    divides."""
+    assert isinstance(parameter, DTensor)
+    if parameter.ndim == 1 or parameter.placements != (Shard(0),):
+        return Shard(0)
+    return Shard(1 if parameter.shape[1] % copies == 0 else 0)
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:

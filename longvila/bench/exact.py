@@ -58,7 +58,7 @@ def attention_error(fold: Fold, plan: Plan, heads: tuple[int, int], mask: Mask, 
     visible = dense_mask(plan.lengths, mask)
     expected = F.scaled_dot_product_attention(whole[0], keys, values, attn_mask=visible, scale=SCALE)
     expected_grads = torch.autograd.grad(expected, whole, grad)
-    mine = torch.tensor(plan.positions(fold.part, fold.head), dtype=torch.long)
+    mine = torch.tensor(plan.positions(fold.part, fold.piece), dtype=torch.long)
     local = [x[:, :, mine].to(dtype).requires_grad_() for x in (q, k, v)]
     out = FoldedPlan(plan, fold).attend(local[0], local[1], local[2], SCALE, mask)
     grads = torch.autograd.grad(out, local, grad[:, :, mine].to(dtype))

@@ -1,6 +1,6 @@
 """Exact attention over a fold: the executor of a plan.
 
-Tensors of one rank outside attention are `(1, heads, tokens of this rank, head_dim)`. `FoldedPlan.attend` moves them in
+What a rank brings to attention is `(1, heads, tokens of its tensor group, head_dim)`. `FoldedPlan.attend` moves it in
 three steps:
 
 1. heads (`heads` group): one all-to-all carries q, k and v, so that each rank holds some heads of all tokens of its
@@ -50,15 +50,18 @@ class FoldedPlan:
         self.plan = plan
         self.fold = fold
         self.handle = next(_handles)
-        self.num_tokens = plan.rank_tokens(fold.part)[fold.head]
-        """Tokens of this rank outside attention."""
+        self.tensor_tokens = plan.tensor_tokens(fold.part, fold.head)
+        """Tokens outside attention of each rank of this rank's tensor group."""
+        self.num_tokens = sum(self.tensor_tokens)
+        """Tokens that this rank brings to attention: those of its tensor group."""
         _by_handle[self.handle] = self
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Mask = Mask(), layer: int = -1) -> Tensor:
         """Attention within each document of the row.
 
         Args:
-            q: (1, Hq, t, D), k and v: (1, Hkv, t, D), with t this rank's tokens; Hq a multiple of Hkv.
+            q: (1, Hq, t, D), k and v: (1, Hkv, t, D), with t `num_tokens`; Hq, a multiple of Hkv, and Hkv those of
+                this rank of its tensor group.
             scale: factor of the scores.
             mask: which keys of its document a query sees.
             layer: number of the layer that asks; activation checkpointing keeps the results of some.

@@ -65,7 +65,7 @@ def shard_batch(
     try:
         if layout == "auto":
             layout, routing = _choose(lengths, fold, attention)
-        plan = make_plan(lengths, fold.inner, fold.outer, fold.num_heads, layout, routing)
+        plan = make_plan(lengths, fold.inner, fold.outer, fold.num_heads, layout, routing, fold.num_tensor)
         for name, tensor in tensors.items():
             if tensor.shape[0] != sum(lengths):
                 raise DataError(f"documents of {sum(lengths)} tokens in all, but {tensor.shape[0]} {name}")
@@ -76,7 +76,7 @@ def shard_batch(
         check_same_row(plan.identity if plan else None, shapes, lengths, error, fold)
     if plan is None or error is not None:
         raise error or AssertionError("no plan and no error")
-    mine = torch.tensor(plan.positions(fold.part, fold.head), dtype=torch.long)
+    mine = torch.tensor(plan.positions(fold.part, fold.piece), dtype=torch.long)
     local = {name: tensor[mine.to(tensor.device)].unsqueeze(0) for name, tensor in tensors.items()}
     return {**local, "plan": FoldedPlan(plan, fold)}
 
@@ -84,7 +84,8 @@ def shard_batch(
 def _choose(lengths: tuple[int, ...], fold: Fold, attention: ModelAttention | None) -> tuple[LayoutName, RoutingName]:
     if attention is None:
         raise ConfigError("layout 'auto' needs the model's heads and masks: attention=attention_of(model)")
-    choice = choose(lengths, fold.inner, fold.outer, fold.num_heads, attention.shape, attention.masks)
+    shape = attention.shape.of_head_rank(fold.num_tensor)
+    choice = choose(lengths, fold.inner, fold.outer, fold.num_heads, shape, attention.masks)
     if fold.sequence_rank == 0 and fold.data_rank == 0 and (choice.layout, choice.routing) not in _told:
         _told.add((choice.layout, choice.routing))
         log.info("layout auto: %s %s for a row like this one, %s", choice.layout, choice.routing, choice.reason)

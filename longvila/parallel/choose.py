@@ -42,12 +42,13 @@ def make_plan(
     head: int = 1,
     layout: LayoutName = "document_zigzag",
     routing: RoutingName = "direct",
+    tensor: int = 1,
 ) -> Plan:
     """The plan of a row; the same object for equal arguments, so that its programs are worked out once.
 
     Args:
         lengths: tokens of each document, in row order.
-        inner, outer, head: sizes of the fold.
+        inner, outer, head, tensor: sizes of the fold.
         layout: a name in `LAYOUTS`.
         routing: `direct` sends only what is needed, straight to whom it serves; `relay` passes whole blocks on.
 
@@ -55,13 +56,14 @@ def make_plan(
         DataError: for an empty row or an empty document.
         ConfigError: for an unknown layout or routing, a size below 1, or a layout that `relay` cannot carry.
     """
-    check_row(lengths, inner, outer, head)
+    check_row(lengths, inner, outer, head, tensor)
     if layout not in LAYOUTS:
         raise ConfigError(f"unknown layout '{layout}'; there is {', '.join(sorted(LAYOUTS))}")
     if routing not in ("direct", "relay"):
         raise ConfigError(f"unknown routing '{routing}'; there is direct and relay")
     rule = LAYOUTS[layout]
-    return Plan(lengths, rule.cut(lengths, inner * outer), inner, outer, head, routing == "relay", rule.helpers)
+    spans = rule.cut(lengths, inner * outer)
+    return Plan(lengths, spans, inner, outer, head, routing == "relay", rule.helpers, tensor)
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def choose(
     """The layout and routing with the least predicted time over layers of these masks; of equals, the fewest bytes.
 
     Args:
-        shape: heads of the whole model.
+        shape: heads of the whole model, or of a rank of a tensor group.
     """
     busiest = shape.of_head_rank(head)
     full = full_ring_bytes(sum(lengths), inner * outer, busiest) * len(masks)

@@ -1,8 +1,8 @@
 """Folds: named views of one device mesh. The only place that makes process groups.
 
-The world is `data x outer x inner x head`, head fastest, so that the all-to-all over heads stays on neighbouring ranks
-(LoongTrain's head-first placement); context-first placement is the order `data x head x outer x inner`. A sequence
-group is `outer x inner x head` ranks that read one row together.
+The world is `data x outer x inner x head x tensor`, the last fastest: tensor parallelism talks most, and then the
+all-to-all over heads stays on neighbouring ranks (LoongTrain's head-first placement); context-first placement is the
+order `data x head x outer x inner x tensor`. A sequence group is all but `data`: ranks that read one row together.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from longvila.config import ParallelConfig, PlacementName, ShardingConfig
 from longvila.errors import ConfigError
 
-AXES = ("data", "outer", "inner", "head")
+AXES = ("data", "outer", "inner", "head", "tensor")
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Fold:
     """This rank's place in the world, and the process groups of the axes it takes part in."""
 
     mesh: DeviceMesh
-    """Axes `data`, `outer`, `inner`, `head`, in the order of the placement."""
+    """The axes of `AXES`, in the order of the placement."""
     sequence: dist.ProcessGroup
     """Ranks that share one row."""
     context: dist.ProcessGroup
@@ -51,6 +51,9 @@ class Fold:
     """The same ranks; gradients and helpers' answers travel here, so that the two kinds of traffic never mix."""
     heads: dist.ProcessGroup
     """Ranks that share this rank's attention tokens."""
+    tensor: DeviceMesh
+    """Axes `copies` and `tensor`: ranks along the second share out matrices, ranks along the first hold the same part.
+    Of size 1 where nothing is shared out."""
     inner: int
     outer: int
     placement: PlacementName
@@ -83,13 +86,24 @@ class Fold:
         """Size of the head axis."""
         return dist.get_world_size(self.heads)
 
+    @property
+    def num_tensor(self) -> int:
+        """Size of the tensor axis."""
+        return self.tensor.size(1)
+
+    @property
+    def piece(self) -> int:
+        """Which of the num_heads x num_tensor pieces of its context rank's tokens this rank owns outside attention."""
+        return self.coordinates(self.sequence_rank)[1]
+
     def coordinates(self, sequence_rank: int) -> tuple[int, int]:
-        """(context rank, head rank) of a rank of the sequence group."""
+        """(context rank, piece) of a rank of the sequence group."""
         if self.placement == "context_first":
-            head, part = divmod(sequence_rank, self.parts)
-            return part, head
-        part, head = divmod(sequence_rank, self.num_heads)
-        return part, head
+            neighbours, tensor = divmod(sequence_rank, self.num_tensor)
+            head, part = divmod(neighbours, self.parts)
+            return part, head * self.num_tensor + tensor
+        part, piece = divmod(sequence_rank, self.num_heads * self.num_tensor)
+        return part, piece
 
 
 def start_world(timeout: float = 1800.0) -> torch.device:
@@ -124,9 +138,9 @@ def world_timeout() -> timedelta:
 
 def check_world(parallel: ParallelConfig, world: int) -> int:
     """Returns the number of data ranks, or raises ConfigError where the fold does not fit the world."""
-    sizes = f"head {parallel.head} x inner {parallel.inner} x outer {parallel.outer}"
-    if min(parallel.head, parallel.inner, parallel.outer) < 1:
-        raise ConfigError(f"every axis of the attention fold must be at least 1, not {sizes}")
+    sizes = f"head {parallel.head} x inner {parallel.inner} x outer {parallel.outer} x tensor {parallel.tensor}"
+    if min(parallel.head, parallel.inner, parallel.outer, parallel.tensor) < 1:
+        raise ConfigError(f"every axis of a sequence group must be at least 1, not {sizes}")
     if world % parallel.sequence:
         raise ConfigError(
             f"a sequence group of {parallel.sequence} ranks ({sizes}) does not divide the world of {world} ranks; "
@@ -148,8 +162,8 @@ def fold_groups(parallel: ParallelConfig, world: int) -> Groups:
 
     `sequence`: ranks that share a row. `data`: ranks that have the same place in different sequence groups. `heads`:
     ranks that split the heads of the same tokens. `context`: ranks that have the same heads of different tokens; they
-    are `outer` rings of `inner` ranks, and `ring` is one of those. With shared experts, `experts`: ranks that share
-    them out; `copies`: ranks that hold the same ones.
+    are `outer` rings of `inner` ranks, and `ring` is one of those. `tensor`: ranks that share out matrices. With shared
+    experts, `experts`: ranks that share them out; `copies`: ranks that hold the same ones.
 
     Raises:
         ConfigError: where the fold does not fit the world.
@@ -164,11 +178,12 @@ def fold_groups(parallel: ParallelConfig, world: int) -> Groups:
         return sorted(ranks.permute([*others, *kept]).reshape(-1, math.prod(sizes[axis] for axis in axes)).tolist())
 
     groups = {
-        "sequence": [sorted(group) for group in along("outer", "inner", "head")],
+        "sequence": [sorted(group) for group in along(*AXES[1:])],
         "data": along("data"),
         "heads": along("head"),
         "context": along("outer", "inner"),
         "ring": along("inner"),
+        "tensor": along("tensor"),
     }
     if parallel.experts > 1:
         shared = torch.arange(world).view(-1, parallel.experts)
@@ -184,7 +199,7 @@ def make_fold(parallel: ParallelConfig, device_type: str) -> Fold:
     """
     world = dist.get_world_size()
     num_data, groups = check_world(parallel, world), fold_groups(parallel, world)
-    sizes = {"data": num_data, "outer": parallel.outer, "inner": parallel.inner, "head": parallel.head}
+    sizes = {"data": num_data, **{axis: getattr(parallel, axis) for axis in AXES[1:]}}
     mesh = _make_mesh(device_type, {axis: sizes[axis] for axis in _axes(parallel)})
     context, returns = _my_group(groups["context"]), _my_group(groups["context"])
     inner, inner_returns = context, returns
@@ -201,6 +216,7 @@ def make_fold(parallel: ParallelConfig, device_type: str) -> Fold:
         experts=experts,
         return_links=Links(inner_returns, returns),
         heads=mesh.get_group("head"),
+        tensor=_make_mesh(device_type, {"copies": world // parallel.tensor, "tensor": parallel.tensor}),
         inner=parallel.inner,
         outer=parallel.outer,
         placement=parallel.placement,
@@ -211,7 +227,7 @@ def make_fold(parallel: ParallelConfig, device_type: str) -> Fold:
 
 def _axes(parallel: ParallelConfig) -> tuple[str, ...]:
     """From the slowest to the fastest, along which ranks are neighbours."""
-    return ("data", "head", "outer", "inner") if parallel.placement == "context_first" else AXES
+    return ("data", "head", "outer", "inner", "tensor") if parallel.placement == "context_first" else AXES
 
 
 def check_sharding(sharding: ShardingConfig, world: int) -> int:

@@ -116,6 +116,7 @@ class Plan:
         relay: pass whole blocks on from neighbour to neighbour: a ring, or with outer > 1 a double ring (LoongTrain,
             section 4.2). Otherwise only what is needed is sent, straight to whom it serves.
         helpers: early ranks compute for late ones (LightSeq).
+        tensor: ranks that bring their tokens to attention together, each some heads of all of them.
 
     Raises:
         DataError: for an empty row or an empty document.
@@ -131,12 +132,13 @@ class Plan:
         head: int = 1,
         relay: bool = False,
         helpers: bool = False,
+        tensor: int = 1,
     ) -> None:
-        check_row(lengths, inner, outer, head)
+        check_row(lengths, inner, outer, head, tensor)
         if relay and helpers:
             raise ConfigError("queries that go to helpers cannot be carried by a relay; use routing=direct")
         self.lengths, self.spans, self.inner, self.outer, self.head = lengths, spans, inner, outer, head
-        self.relay, self.helpers = relay, helpers
+        self.relay, self.helpers, self.tensor = relay, helpers, tensor
         self.parts = inner * outer
         ends = list(accumulate(lengths))
         self._pieces = [_pieces(owned, ends) for owned in spans]
@@ -148,22 +150,31 @@ class Plan:
     @property
     def identity(self) -> tuple[object, ...]:
         """What must be equal on all ranks of a sequence group: everything follows from it."""
-        return self.lengths, self.spans, self.inner, self.outer, self.head, self.relay, self.helpers
+        return self.lengths, self.spans, self.inner, self.outer, self.head, self.relay, self.helpers, self.tensor
 
     def num_tokens(self, part: int) -> int:
         """Tokens of one context rank."""
         return count_tokens(self.spans[part])
 
     def rank_tokens(self, part: int) -> tuple[int, ...]:
-        """Tokens of each head rank of a context rank, outside attention (contiguous pieces of the local order)."""
-        total = self.num_tokens(part)
-        return tuple(total * (h + 1) // self.head - total * h // self.head for h in range(self.head))
+        """Tokens that each head rank of a context rank brings to attention (contiguous pieces of the local order)."""
+        return tuple(sum(self.tensor_tokens(part, head)) for head in range(self.head))
 
-    def positions(self, part: int, head: int) -> list[int]:
-        """Row positions of the tokens that rank (part, head) owns outside attention, ascending."""
+    def tensor_tokens(self, part: int, head: int) -> tuple[int, ...]:
+        """Of those of a head rank, the tokens that each rank of its tensor group owns."""
+        total, pieces = self.num_tokens(part), self.head * self.tensor
+        first = head * self.tensor
+        return tuple(total * (i + 1) // pieces - total * i // pieces for i in range(first, first + self.tensor))
+
+    def positions(self, part: int, piece: int) -> list[int]:
+        """Row positions of the tokens that a rank owns outside attention, ascending.
+
+        Args:
+            piece: head rank x tensor + tensor rank.
+        """
         local = [position for start, stop in self.spans[part] for position in range(start, stop)]
-        total = len(local)
-        return local[total * head // self.head : total * (head + 1) // self.head]
+        total, pieces = len(local), self.head * self.tensor
+        return local[total * piece // pieces : total * (piece + 1) // pieces]
 
     def program(self, rank: int, mask: Mask = Mask()) -> Program:
         """What context rank `rank` does under `mask`."""
@@ -285,7 +296,7 @@ class Plan:
         return _Path(tuple(hops), tuple(homeward))
 
 
-def check_row(lengths: tuple[int, ...], inner: int, outer: int, head: int) -> None:
+def check_row(lengths: tuple[int, ...], inner: int, outer: int, head: int, tensor: int = 1) -> None:
     """Raises where there is nothing to plan: DataError for an empty row or document, ConfigError for an empty axis."""
     if not lengths:
         raise DataError("a row needs at least one document")
@@ -293,9 +304,9 @@ def check_row(lengths: tuple[int, ...], inner: int, outer: int, head: int) -> No
         raise DataError(
             f"document {lengths.index(min(lengths))} of the row has {min(lengths)} tokens; at least 1 needed"
         )
-    if min(inner, outer, head) < 1:
+    if min(inner, outer, head, tensor) < 1:
         raise ConfigError(
-            f"an attention fold needs sizes of at least 1, not outer {outer} x inner {inner} x head {head}"
+            f"a fold needs sizes of at least 1, not outer {outer} x inner {inner} x head {head} x tensor {tensor}"
         )
 
 

@@ -47,8 +47,9 @@ def deepspeed_config(config: StageConfig, world: int) -> dict[str, Any]:
     """
     if config.sharding != ShardingConfig():
         raise ConfigError(f"sharding.* is for the engine fsdp2; {config.engine} shards as its stage does")
-    if config.parallel.experts > 1:
-        raise ConfigError(f"parallel.experts={config.parallel.experts} is for the engine fsdp2, not {config.engine}")
+    for name in ("experts", "tensor"):
+        if (ranks := getattr(config.parallel, name)) > 1:
+            raise ConfigError(f"parallel.{name}={ranks} is for the engine fsdp2, not {config.engine}")
     if config.mixture != MixtureConfig():
         raise ConfigError(f"mixture.* is for the engine fsdp2, not {config.engine}")
     bf16 = config.precision == "bf16"
