@@ -90,6 +90,7 @@ def _rank_main(
             world_size=ranks,
             timeout=timedelta(seconds=timeout),
         )
+        dist.barrier()  # else a rank that fails at once would break others that are still connecting to it
         answer = (True, function(*args))
     except BaseException:
         answer = (False, traceback.format_exc())

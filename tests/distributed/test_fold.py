@@ -14,6 +14,7 @@ MANY = [
     (16, ParallelConfig(head=2, inner=2, outer=2, experts=8)),
     (16, ParallelConfig(head=2, inner=2, outer=2, experts=2, placement="context_first")),
     (12, ParallelConfig(inner=3, experts=4)),
+    (16, ParallelConfig(inner=2, head=2, tensor=2, experts=4)),
 ]
 
 
@@ -22,7 +23,7 @@ def test_every_rank_is_in_one_group_of_each_kind_and_groups_have_their_size(worl
     groups = fold_groups(parallel, world)
     sizes = {
         "sequence": parallel.sequence, "data": world // parallel.sequence, "heads": parallel.head,
-        "context": parallel.inner * parallel.outer, "ring": parallel.inner,
+        "context": parallel.inner * parallel.outer, "ring": parallel.inner, "tensor": parallel.tensor,
     }  # fmt: skip
     if parallel.experts > 1:
         sizes |= {"experts": parallel.experts, "copies": world // parallel.experts}
@@ -40,7 +41,7 @@ def made_groups(parallel):
     fold = make_fold(parallel, "cpu")
     groups = {
         "sequence": fold.sequence, "data": fold.mesh.get_group("data"), "heads": fold.heads, "context": fold.context,
-        "ring": fold.links.inner,
+        "ring": fold.links.inner, "tensor": fold.tensor.get_group("tensor"),
     }  # fmt: skip
     if fold.experts is not None:
         groups |= {name: fold.experts.get_group(name) for name in ("experts", "copies")}
@@ -51,6 +52,7 @@ def made_groups(parallel):
     ParallelConfig(head=2, inner=2, outer=2, experts=4),
     ParallelConfig(head=2, inner=2, outer=2, experts=2, placement="context_first"),
     ParallelConfig(head=2, inner=2),
+    ParallelConfig(head=2, inner=2, tensor=2, placement="context_first"),
 ], ids=str)  # fmt: skip
 def test_the_groups_that_are_made_are_these(parallel):
     groups = fold_groups(parallel, 8)
@@ -69,6 +71,25 @@ def test_head_first_and_context_first_are_orders_of_the_same_axes():
     assert groups["context"] == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
+def test_a_tensor_group_is_of_neighbours_in_either_placement():
+    for placement, heads in (("head_first", [0, 2]), ("context_first", [0, 4])):
+        groups = fold_groups(ParallelConfig(head=2, inner=2, tensor=2, placement=placement), 8)
+        assert groups["tensor"] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+        assert heads in groups["heads"]
+
+
+def pieces(parallel):
+    fold = make_fold(parallel, "cpu")
+    return fold.sequence_rank, fold.part, fold.head, fold.tensor.get_local_rank("tensor"), fold.piece
+
+
+@pytest.mark.parametrize("placement", ["head_first", "context_first"])
+def test_a_rank_owns_the_piece_of_its_place(placement):
+    found = run_ranks(pieces, 8, ParallelConfig(head=2, inner=2, tensor=2, placement=placement))
+    assert {(part, piece) for _, part, _, _, piece in found} == {(c, p) for c in range(2) for p in range(4)}
+    assert all(piece == 2 * head + tensor for _, _, head, tensor, piece in found)
+
+
 def test_experts_have_a_fold_of_their_own():
     groups = fold_groups(ParallelConfig(inner=4, experts=2), 8)
     assert groups["sequence"] == [[0, 1, 2, 3], [4, 5, 6, 7]]
@@ -80,6 +101,8 @@ def test_experts_have_a_fold_of_their_own():
     (6, ParallelConfig(inner=4), "sequence group of 4 ranks .* world of 6"),
     (8, ParallelConfig(experts=3), r"parallel\.experts=3 .* world of 8"),
     (8, ParallelConfig(head=0), "at least 1"),
+    (8, ParallelConfig(tensor=0), "at least 1"),
+    (6, ParallelConfig(tensor=4), "sequence group of 4 ranks .* world of 6"),
     (8, ParallelConfig(experts=0), r"parallel\.experts=0"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_refused_with_both_numbers(world, parallel, words):
