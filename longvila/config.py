@@ -177,6 +177,16 @@ class MixtureConfig:
     """Factor of each layer's router z-loss."""
     over: Literal["world", "sequence"] = "world"
     """Whose tokens are balanced together: those of all ranks, or those of one row."""
+    bias: float = 0.0
+    """By how much the bias of an expert's score moves each step, towards balance and without a loss; for models whose
+    routers have one."""
+    capacity: float | None = None
+    """At most this times an even share of a rank's choices goes to one expert, and the rest is dropped; None drops
+    nothing."""
+    keeps: Literal["probability", "position"] = "probability"
+    """Which tokens a full expert keeps: those with the largest weights, or those first in the row."""
+    pads: bool = False
+    """Send each expert as many tokens as its capacity holds, zeros where there are fewer, so that sizes are fixed."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from collections.abc import Collection
 from transformers import PreTrainedModel
 
 from longvila.apply.attention import ATTENTION, NUMBER, attention_of
-from longvila.apply.experts import hook_routers, share_experts
+from longvila.apply.experts import set_up_experts
 from longvila.apply.parameters import blocks, shard_parameters
 from longvila.apply.tensor import cut_matrices
 from longvila.config import MixtureConfig, RecomputeName, ShardingConfig
@@ -49,7 +49,7 @@ def apply_folds(
         recompute_keeps: layers whose attention it keeps; None means all.
         sharding: FSDP2 over all ranks, or as it says. None leaves parameters whole and gradients to the caller.
         tile_tokens: tokens that the MLPs and norms of language-model layers take at a time; None means all.
-        mixture: losses of the routers of a mixture of experts.
+        mixture: of a mixture of experts, losses and biases of its routers, and capacity of its experts.
 
     Returns:
         The routers of a mixture, which count what they choose.
@@ -72,9 +72,7 @@ def apply_folds(
             "parallel.tensor and parallel.experts above 1 go with sharding over all ranks alone; leave sharding.* out"
         )
     cut = cut_matrices(language_model, fold.tensor["tensor"]) if fold.num_tensor > 1 else []
-    if fold.experts is not None:
-        share_experts(language_model, fold.experts["experts"])
-    routers = hook_routers(language_model, fold, mixture or MixtureConfig())
+    routers = set_up_experts(language_model, fold, mixture or MixtureConfig())
     if recompute != "none":
         # transformers 5.24 renamed it; earlier ones have the old name alone.
         new_name = getattr(language_model, "activation_checkpointing_enable", None)

@@ -12,10 +12,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import PreTrainedModel
 
+from longvila.apply.attention import ATTENTION
 from longvila.config import MixtureConfig
 from longvila.errors import ConfigError
-from longvila.parallel.balance import Routers
-from longvila.parallel.experts import dispatch
+from longvila.parallel.balance import Routers, capacity_of
+from longvila.parallel.experts import Capacity, dispatch
 from longvila.parallel.fold import Fold
 
 BALANCED = ("mixtral", "qwen2_moe", "qwen3_moe")
@@ -23,13 +24,45 @@ BALANCED = ("mixtral", "qwen2_moe", "qwen3_moe")
 them, and whose gradients with those losses were compared with one process's."""
 
 
-class SharedExperts(nn.Module):
+try:  # transformers has had its registry of expert parallelism since 5.18
+    from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
+except ImportError:
+    pass
+else:
+
+    class ExpertDispatch(EPImplementation):
+        """The dispatcher of `parallel/experts.py` for models that transformers itself distributes, by the name
+        `DistributedConfig(ep_implementation="longvila")`.
+
+        Raises:
+            ConfigError: where ranks of a tensor group hold the same tokens, which would each be sent more than once.
+        """
+
+        def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+            if self.tp_mesh.size() > 1:
+                raise ConfigError(
+                    f"ep_implementation='{ATTENTION}' sends each rank's tokens, but tp_size={self.tp_mesh.size()} "
+                    f"ranks hold the same ones; use 'all_to_all', or longvila's own parallel.tensor"
+                )
+            group = self.ep_mesh.get_group()
+            return dispatch(
+                self.experts_forward, hidden_states, top_k_index, top_k_weights, self.num_local_experts, group
+            )
+
+    EPImplementationInterface.register(ATTENTION, ExpertDispatch)
+
+BIAS = "e_score_correction_bias"
+"""How transformers names a bias of experts' scores that plays a part in choosing alone."""
+
+
+class DispatchedExperts(nn.Module):
     """What goes in front of the class of a mixture's experts of transformers: (T, D), (T, k), (T, k) -> (T, D)."""
 
     num_experts: int
     """Of this rank."""
-    ranks: dist.ProcessGroup
+    ranks: dist.ProcessGroup | None
     """Those that share out the experts."""
+    capacity: Capacity | None
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         shared = dict(self._parameters)
@@ -37,57 +70,88 @@ class SharedExperts(nn.Module):
         mine: dict[str, Any] = {name: p.to_local() if isinstance(p, DTensor) else p for name, p in shared.items()}
         try:
             self._parameters.update(mine)
-            return dispatch(super().forward, hidden_states, top_k_index, top_k_weights, self.num_experts, self.ranks)
+            return dispatch(
+                super().forward, hidden_states, top_k_index, top_k_weights, self.num_experts, self.ranks, self.capacity
+            )
         finally:
             self._parameters.update(shared)
 
 
-def share_experts(language_model: nn.Module, mesh: DeviceMesh) -> None:
-    """Leaves each rank of `mesh` its share of the experts of every mixture.
+def set_up_experts(language_model: PreTrainedModel, fold: Fold, mixture: MixtureConfig) -> Routers | None:
+    """Leaves each rank its share of the experts of every mixture, and watches what is chosen; in place.
 
     A mixture's experts are a module of transformers with `num_experts`, whose parameters all begin with that dimension,
     and whose forward takes tokens, their experts and their weights.
 
+    Returns:
+        The routers; None for a model that is no mixture.
+
     Raises:
-        ConfigError: there is none, or the experts cannot be shared out evenly.
+        ConfigError: experts are to be shared out and there are none, or they do not divide; losses or biases are asked
+            for that this model has not.
     """
-    found = [module for module in language_model.modules() if _is_experts(module)]
+    capacity = capacity_of(mixture)
+    blocks = [module for module in language_model.modules() if any(map(_is_experts, module.children()))]
+    found: list[Any] = [child for block in blocks for child in block.children() if _is_experts(child)]
+    kind, ranks = type(language_model).__name__, fold.experts.size(1) if fold.experts is not None else 1
+    asked = {"parallel.experts": ranks > 1, "mixture.capacity": capacity is not None, "mixture.bias": mixture.bias != 0}
     if not found:
-        raise ConfigError(
-            f"parallel.experts={mesh.size()}, but {type(language_model).__name__} has no experts to share out; use 1"
-        )
+        if names := [name for name, given in asked.items() if given]:
+            raise ConfigError(f"{' and '.join(names)} given, but {kind} has no experts to share out; leave it out")
+        _check_losses(language_model, [], mixture)
+        return None
+    total: int = found[0].num_experts
     for module in found:
-        total: int = module.num_experts  # type: ignore[assignment]
-        if total % mesh.size():
+        if module.num_experts != total:
             raise ConfigError(
-                f"{total} experts of {type(module).__name__} cannot be shared out evenly among parallel.experts="
-                f"{mesh.size()} ranks; use a divisor of {total}"
+                f"layers of {kind} have {total} and {module.num_experts} experts; only equal ones are known"
             )
-        module.num_experts = total // mesh.size()  # type: ignore[assignment]
-        for name, parameter in list(module._parameters.items()):
-            assert parameter is not None
-            shared = distribute_tensor(parameter.data, mesh, [Shard(0)], src_data_rank=None)
-            module.register_parameter(name, nn.Parameter(shared, parameter.requires_grad))
-        kind = type(module)
-        module.__class__ = type(f"Shared{kind.__name__}", (SharedExperts, kind), {})
-        module.ranks = mesh.get_group()  # type: ignore[assignment]
+        if fold.experts is not None:
+            _share_out(module, fold.experts["experts"])
+        if fold.experts is not None or capacity is not None:
+            own = type(module)
+            module.__class__ = type(f"Dispatched{own.__name__}", (DispatchedExperts, own), {})
+            module.ranks = fold.experts["experts"].get_group() if fold.experts is not None else None
+            module.capacity = capacity
+    biases = [buffer for block in blocks for name, buffer in block.named_buffers() if name.endswith(BIAS)]
+    if mixture.bias and len(biases) != len(found):
+        raise ConfigError(
+            f"mixture.bias={mixture.bias:g}, but the routers of {kind} have no bias ({BIAS}): the model that is "
+            f"exported would choose other experts than the one trained; use mixture.balance"
+        )
+    group = fold.sequence if mixture.over == "sequence" else dist.group.WORLD
+    assert group is not None
+    routers = _routers_of(language_model)
+    _check_losses(language_model, routers, mixture)
+    with_losses = routers if mixture.balance or mixture.z else []
+    return Routers(found, total, with_losses, biases if mixture.bias else [], mixture, group)
 
 
-def hook_routers(language_model: PreTrainedModel, fold: Fold, mixture: MixtureConfig) -> Routers | None:
-    """Raises ConfigError where losses are asked for and not known for this model."""
+def _share_out(module: Any, mesh: DeviceMesh) -> None:
+    if module.num_experts % mesh.size():
+        raise ConfigError(
+            f"{module.num_experts} experts of {type(module).__name__} cannot be shared out evenly among parallel."
+            f"experts={mesh.size()} ranks; use a divisor of {module.num_experts}"
+        )
+    module.num_experts //= mesh.size()
+    for name, parameter in list(module._parameters.items()):
+        assert parameter is not None
+        shared = distribute_tensor(parameter.data, mesh, [Shard(0)], src_data_rank=None)
+        module.register_parameter(name, nn.Parameter(shared, parameter.requires_grad))
+
+
+def _routers_of(language_model: PreTrainedModel) -> list[nn.Module]:
     recorder = (getattr(language_model.base_model, "_can_record_outputs", None) or {}).get("router_logits")
     kind = getattr(recorder, "target_class", None)
-    found = [module for module in language_model.modules() if kind is not None and isinstance(module, kind)]
-    if (mixture.balance or mixture.z) and (not found or language_model.config.model_type not in BALANCED):
+    return [module for module in language_model.modules() if kind is not None and isinstance(module, kind)]
+
+
+def _check_losses(language_model: PreTrainedModel, routers: list[nn.Module], mixture: MixtureConfig) -> None:
+    if (mixture.balance or mixture.z) and (not routers or language_model.config.model_type not in BALANCED):
         raise ConfigError(
             f"mixture.balance={mixture.balance:g} and mixture.z={mixture.z:g}, but {type(language_model).__name__} has "
             f"no routers whose losses are known here (those of {', '.join(BALANCED)} are); set both to 0"
         )
-    if not found:
-        return None
-    group = fold.sequence if mixture.over == "sequence" else dist.group.WORLD
-    assert group is not None
-    return Routers(found, mixture, group)
 
 
 def _is_experts(module: nn.Module) -> bool:

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from longvila.apply.experts import SharedExperts
+from longvila.apply.experts import DispatchedExperts
 from longvila.config import ShardingConfig
 from longvila.errors import ConfigError
 from longvila.parallel.fold import Fold, check_sharding, parameter_mesh
@@ -56,7 +56,7 @@ def shard_parameters(
 
     if fold.experts is not None:
         for module in model.modules():
-            if isinstance(module, SharedExperts):
+            if isinstance(module, DispatchedExperts):
                 shard_copies(module, fold.experts["copies"])
     for linears in cut:
         shard_copies(list(linears), fold.tensor["copies"])

@@ -10,6 +10,7 @@ cross-entropy.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -19,48 +20,72 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from longvila.config import MixtureConfig
+from longvila.errors import ConfigError
+from longvila.parallel.experts import Capacity
 
 
 class Routers:
-    """The routers of a mixture: counts what they choose, and adds their losses where any are asked for."""
+    """The routers of a mixture: counts what they choose, adds their losses and moves their biases where asked for."""
 
-    def __init__(self, routers: Sequence[nn.Module], config: MixtureConfig, group: dist.ProcessGroup) -> None:
+    def __init__(
+        self,
+        experts: Sequence[nn.Module],
+        num_experts: int,
+        routers: Sequence[nn.Module],
+        biases: Sequence[Tensor],
+        config: MixtureConfig,
+        group: dist.ProcessGroup,
+    ) -> None:
         """
         Args:
-            routers: of transformers. Those that return logits (T, E), scores (T, k) and chosen experts (T, k) are
-                counted; losses are for routers whose probabilities are the softmax of their logits.
+            experts: of each layer, what is called with (tokens (T, D), chosen experts (T, k), weights (T, k)).
+            num_experts: of each layer, over all ranks.
+            routers: of each layer, where losses are asked for: what returns logits (T, E), scores (T, k) and chosen
+                experts (T, k), its probabilities being the softmax of its logits.
+            biases: (E,) of each layer, where they are to be moved.
             group: ranks whose tokens are balanced together.
         """
-        self._config, self._group = config, group
+        self._config, self._group, self._num_experts, self._biases = config, group, num_experts, biases
         self._groups = dist.get_world_size() // dist.get_world_size(group)
+        self._capacity = capacity_of(config)
         self.rows = 1
         """Rows of this step on each sequence group: the step has the mean of their losses."""
         self.is_frame: Tensor | None = None
         """(T,) which of this rank's tokens of the row are of frames; None: none is."""
-        self._counts: list[Tensor | None] = [None] * len(routers)
-        for number, router in enumerate(routers):
-            router.register_forward_hook(partial(self._see, number))
+        self._counts: list[Tensor | None] = [None] * len(experts)
+        for number, module in enumerate(experts):
+            module.register_forward_pre_hook(partial(self._count, number))
+        for router in routers:
+            router.register_forward_hook(self._add_loss)
 
-    def _see(self, number: int, _router: nn.Module, _inputs: Any, outputs: Any) -> Any:
-        if not torch.is_grad_enabled() or not _is_known(outputs):
-            return None
-        logits, scores, chosen = outputs
+    def _count(self, number: int, _experts: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if not torch.is_grad_enabled():
+            return
         # What is computed again is counted again, alike for every token: shares stay what they are.
-        kinds = chosen if self.is_frame is None else chosen + logits.shape[1] * self.is_frame[:, None]
-        counts = torch.bincount(kinds.flatten(), minlength=2 * logits.shape[1])
+        _, chosen, _ = inputs
+        total = self._num_experts
+        kinds = chosen if self.is_frame is None else chosen + total * self.is_frame[:, None]
+        counts = torch.bincount(kinds.flatten(), minlength=2 * total + 1)
+        if self._capacity is not None:
+            of_expert = counts[:total] + counts[total:-1]
+            counts[-1] = (of_expert - self._capacity.of(chosen.numel(), total)).clamp(min=0).sum()
         before = self._counts[number]
         self._counts[number] = counts if before is None else before + counts
-        if not (self._config.balance or self._config.z) or not scores.requires_grad:
+
+    def _add_loss(self, _router: nn.Module, _inputs: Any, outputs: Any) -> Any:
+        logits, scores, chosen = outputs
+        if not torch.is_grad_enabled() or not scores.requires_grad:
             return None
         loss = router_loss(logits, chosen, self._config, self._group)
         return logits, _WithLoss.apply(scores, loss, 1 / (self.rows * self._groups)), chosen
 
-    def figures(self) -> dict[str, float]:
-        """Of what was chosen since the last call, on all ranks. Collective.
+    def end_step(self, moved: bool) -> dict[str, float]:
+        """Figures of what was chosen since the last call, on all ranks; moves biases where the weights were `moved`.
+        Collective.
 
         `expert_load`: of the fullest expert of any layer, its share of choices by an even share, 1 in balance;
         `expert_load_text` and `expert_load_frames`: among tokens of one kind, 0 where there are none. `experts_idle`:
-        experts, over all layers, that no token was sent to. Nothing, where routers return something else.
+        experts, over all layers, that no token chose. `choices_dropped`: share of choices above an expert's capacity.
         """
         seen = [counts for counts in self._counts if counts is not None]
         self._counts = [None] * len(self._counts)
@@ -68,7 +93,10 @@ class Routers:
             return {}
         counts = torch.stack(seen)
         dist.all_reduce(counts)
-        text, frames = counts.chunk(2, dim=1)
+        text, frames, dropped = counts.split([self._num_experts, self._num_experts, 1], dim=1)
+        if moved:
+            for bias, chosen in zip(self._biases, text + frames, strict=bool(self._biases)):
+                move_bias(bias, chosen, self._config.bias)
 
         def load(part: Tensor) -> float:
             return float((part.amax(1) * part.shape[1] / part.sum(1).clamp(min=1)).max())
@@ -78,7 +106,32 @@ class Routers:
             "expert_load_text": load(text),
             "expert_load_frames": load(frames),
             "experts_idle": float((text + frames == 0).sum()),
+            "choices_dropped": int(dropped.sum()) / max(1, int((text + frames).sum())),
         }
+
+
+def capacity_of(config: MixtureConfig) -> Capacity | None:
+    """Raises ConfigError where it would leave no expert a token."""
+    if config.capacity is None:
+        return None
+    if not 0 < config.capacity < math.inf:
+        raise ConfigError(
+            f"mixture.capacity={config.capacity:g} leaves experts no tokens; give a factor above 0 (1 is an even "
+            "share), or leave it out to drop nothing"
+        )
+    return Capacity(config.capacity, config.keeps, config.pads)
+
+
+@torch.no_grad()
+def move_bias(bias: Tensor, chosen: Tensor, step: float) -> None:
+    """Experts chosen less than the mean gain `step`, those chosen more lose it (Wang et al. 2024, algorithm 1).
+
+    Args:
+        bias: (E,), moved in place.
+        chosen: (E,) how often each expert was chosen, on all ranks, in one step.
+    """
+    chosen = chosen.to(torch.float64)
+    bias += step * (chosen.mean() - chosen).sign().to(bias.dtype)
 
 
 def router_loss(logits: Tensor, chosen: Tensor, config: MixtureConfig, group: dist.ProcessGroup) -> Tensor:
@@ -106,14 +159,6 @@ def router_loss(logits: Tensor, chosen: Tensor, config: MixtureConfig, group: di
     balance = (loads * logits.softmax(-1).sum(0)).sum() / num_tokens
     z = logits.logsumexp(-1).square().sum() / num_tokens
     return config.balance * balance + config.z * z
-
-
-def _is_known(outputs: Any) -> bool:
-    """Whether they are logits (T, E), scores (T, k) and chosen experts (T, k)."""
-    return (
-        isinstance(outputs, tuple) and len(outputs) == 3 and all(isinstance(each, Tensor) for each in outputs)
-        and outputs[0].ndim == outputs[2].ndim == 2 and not outputs[2].is_floating_point()
-    )  # fmt: skip
 
 
 class _WithLoss(torch.autograd.Function):

@@ -87,7 +87,7 @@ def take_step(state: TrainingState, batch: Step, rate: float) -> dict[str, float
         "lr": rate,
         "grad_norm": grad_norm,
         "target_tokens": batch.num_targets,
-        **(routers.figures() if routers else {}),
+        **(routers.end_step(moved=not skipped) if routers else {}),
         # The ranks of a sequence group all counted the same rows.
         **{name: total / state.fold.num_sequence for name, total in zip(counted, sums, strict=True)},
     }

@@ -10,11 +10,16 @@ from longvila.apply import apply_folds
 from longvila.bench import engines
 from longvila.config import MixtureConfig, ParallelConfig
 from longvila.errors import ConfigError
-from longvila.parallel.balance import Routers, router_loss
+from longvila.model.vlm import LongVilaConfig, LongVilaModel
+from longvila.parallel.balance import router_loss
 from longvila.parallel.batch import shard_batch
 from longvila.parallel.fold import make_fold
 from longvila.parallel.launch import RankError, run_ranks
+from longvila.shards.order import Cursor
+from longvila.train import gradients
+from longvila.train.checkpoint import Checkpoints, Position
 from longvila.train.gradients import FRAME, make_row, reference
+from longvila.train.loop import resume
 
 from . import test_models
 from .test_experts import DENSE, make_mixture, with_mixture
@@ -94,7 +99,7 @@ def errors(name, parallel, mixture, recompute):
     for key, parameter in model.named_parameters():
         difference = (parameter.grad.full_tensor() - expected[key]).abs().max()
         found[key] = (difference / expected[key].abs().max()).item()
-    return found, routers.figures()
+    return found, routers.end_step(moved=False)
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "qwen2_moe", "mixtral"])
@@ -173,7 +178,9 @@ def refused(make):
 
 
 def make_other_mixture():
-    return transformers.OlmoeForCausalLM(transformers.OlmoeConfig(**test_models.SHAPE, num_experts=4))
+    return transformers.OlmoeForCausalLM(
+        transformers.OlmoeConfig(**test_models.SHAPE, num_experts=4, num_experts_per_tok=2)
+    )
 
 
 def test_a_model_whose_routers_losses_are_not_known_is_refused():
@@ -183,23 +190,20 @@ def test_a_model_whose_routers_losses_are_not_known_is_refused():
             run_ranks(refused, 1, make)
 
 
-class OtherRouter(torch.nn.Linear):
-    """Returns scores and logits alone, as some models' routers do."""
-
-    def forward(self, hidden):
-        logits = super().forward(hidden)
-        return logits.sigmoid(), logits
-
-
 def see_other_router():
-    router = OtherRouter(4, 3)
-    routers = Routers([router], MixtureConfig(), dist.group.WORLD)
-    router(torch.randn(2, 4))
-    return routers.figures()
+    """A model whose losses are not known: what its experts are given is counted all the same."""
+    model = make_other_mixture()
+    routers = apply_folds(model, make_fold(ParallelConfig(), "cpu"))
+    ids, _, positions = test_models.make_row()
+    batch = shard_batch(test_models.LENGTHS, make_fold(ParallelConfig(), "cpu"), input_ids=ids, position_ids=positions)
+    model(**batch, use_cache=False)
+    return routers.end_step(moved=True)
 
 
-def test_routers_that_return_something_else_run_and_are_not_counted():
-    assert run_ranks(see_other_router, 1) == [{}]
+def test_routers_of_any_form_are_counted():
+    figures = run_ranks(see_other_router, 1)[0]
+    assert figures["expert_load"] >= 1
+    assert figures["choices_dropped"] == 0
 
 
 def train_projector(parallel):
@@ -210,3 +214,107 @@ def train_projector(parallel):
 def test_choices_are_counted_where_the_mixture_is_frozen():
     figures = run_ranks(with_mixture, 2, train_projector, ParallelConfig(inner=2, experts=2))[0]
     assert figures["expert_load"] > 1
+
+
+# Biases of scores that choose alone, moved once a step.
+
+CHOOSING = {
+    **{key: value for key, value in test_models.SHAPE.items() if key != "pad_token_id"}, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 0, "n_group": 1,
+    "topk_group": 1, "norm_topk_prob": True, "partial_rotary_factor": 0.5, "tie_word_embeddings": True,
+}  # fmt: skip
+STEP = 0.25
+
+
+def make_choosing(seed=0):
+    """The small vision-language model around a GLM 4 mixture, whose routers have such a bias."""
+    torch.manual_seed(seed)
+    text = transformers.Glm4MoeConfig(**{**CHOOSING, "vocab_size": 64, "hidden_size": 48, "num_hidden_layers": 2})
+    tower = DENSE(seed).config.tower
+    config = LongVilaConfig(tower=tower, projector="downsample_mlp", text_config=text, frame_token_id=FRAME)
+    model = LongVilaModel(config).double().train()
+    for name, parameter in model.named_parameters():
+        if name.endswith("mlp.gate.weight"):
+            torch.nn.init.normal_(parameter, std=0.5)
+    model.language_model.set_experts_implementation("eager")
+    return model
+
+
+def with_choosing(function, *arguments):
+    gradients.make_model = engines.make_model = make_choosing
+    return function(*arguments)
+
+
+def biases_of(weights):
+    return {name: bias.clone() for name, bias in weights.items() if name.endswith("e_score_correction_bias")}
+
+
+def move_biases(parallel, folder):
+    """Biases before and after each of two steps, what was chosen in the first, and what is saved and exported."""
+    state = engines.make_state(parallel, mixture=MixtureConfig(bias=STEP))
+    seen, chosen = [biases_of(dict(state.model.named_buffers()))], {}
+    for name, module in state.model.named_modules():
+        if name.endswith("mlp.experts"):
+            module.register_forward_pre_hook(
+                lambda _, inputs, name=name: chosen.setdefault(name, []).append(inputs[1].flatten())
+            )
+    for number in range(2):
+        engines.take_steps(state, number, 1)
+        seen.append(biases_of(dict(state.model.named_buffers())))
+        if number == 0:
+            counts = {name: torch.bincount(torch.cat(each), minlength=4) for name, each in chosen.items()}
+    for count in counts.values():
+        dist.all_reduce(count)
+    with Checkpoints(folder, 1) as checkpoints:
+        checkpoints.save(state.engine.state(), Position(2, Cursor(0, 0, 8)), state.config)
+    return seen, list(counts.values()), biases_of(state.engine.weights())
+
+
+def steps_that_move_and_that_do_not():
+    model = make_choosing().language_model
+    fold = make_fold(ParallelConfig(), "cpu")
+    routers = apply_folds(model, fold, mixture=MixtureConfig(bias=STEP))
+    ids, _, positions = test_models.make_row()
+    batch = shard_batch(test_models.LENGTHS, fold, input_ids=ids, position_ids=positions)
+    seen = []
+    for moved in (False, True):
+        model(**batch, use_cache=False)
+        routers.end_step(moved)
+        seen.append(max(bias.abs().max().item() for bias in biases_of(dict(model.named_buffers())).values()))
+    return seen
+
+
+def test_a_step_that_is_skipped_moves_no_bias():
+    assert run_ranks(steps_that_move_and_that_do_not, 1) == [[0.0, STEP]]
+
+
+def resumed_biases(parallel, folder):
+    state = engines.make_state(parallel, mixture=MixtureConfig(bias=STEP))
+    resume(state.engine, Checkpoints(folder, 1))
+    return biases_of(dict(state.model.named_buffers()))
+
+
+def test_biases_move_towards_balance_by_what_all_ranks_chose_and_are_saved_and_exported(tmp_path):
+    found = run_ranks(with_choosing, 2, move_biases, ParallelConfig(inner=2, experts=2), tmp_path)
+    (before, after, last), counts, exported = found[0]
+    assert len(before) == len(counts) == 2
+    for (name, bias), chosen in zip(after.items(), counts, strict=True):
+        expected = before[name] + STEP * torch.sign(chosen.double().mean() - chosen)
+        assert torch.equal(bias, expected.to(bias.dtype))
+        assert bias.abs().max() == STEP
+        assert all(torch.equal(bias, other[0][1][name]) for other in found)
+    resumed = run_ranks(with_choosing, 4, resumed_biases, ParallelConfig(head=2, experts=4), tmp_path)[3]
+    assert all(torch.equal(resumed[name], bias) and torch.equal(exported[name], bias) for name, bias in last.items())
+
+
+def biased(make):
+    apply_folds(make(), make_fold(ParallelConfig(), "cpu"), mixture=MixtureConfig(bias=STEP))
+
+
+@pytest.mark.parametrize(("make", "words"), [
+    (make_mixture, "routers of Qwen3MoeForCausalLM have no bias .* use mixture.balance"),
+    (DENSE, "mixture.bias given, but Qwen3ForCausalLM has no experts"),
+], ids=["no bias", "no experts"])  # fmt: skip
+def test_biases_of_a_model_without_any_are_refused(make, words):
+    with pytest.raises((ConfigError, RankError), match=words):
+        run_ranks(biased, 1, make)

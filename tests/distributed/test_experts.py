@@ -3,18 +3,21 @@
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from transformers import Qwen3MoeConfig
 
 from longvila import apply
 from longvila.apply import apply_folds
 from longvila.apply import experts as mixtures
-from longvila.apply.experts import SharedExperts
+from longvila.apply.experts import DispatchedExperts, _is_experts
 from longvila.bench import engines
-from longvila.config import ParallelConfig, ShardingConfig
+from longvila.config import MixtureConfig, ParallelConfig, ShardingConfig
 from longvila.errors import ConfigError
 from longvila.model.vlm import LongVilaConfig, LongVilaModel
 from longvila.parallel import experts
-from longvila.parallel.experts import dispatch
+from longvila.parallel.choose import make_plan
+from longvila.parallel.experts import Capacity, dispatch
 from longvila.parallel.fold import make_fold
 from longvila.parallel.launch import RankError, run_ranks
 from longvila.parallel.traffic import counting
@@ -153,7 +156,7 @@ def _multiply_experts_gradients(factor):
     def changed(model, *rest):
         real(model, *rest)
         for module in model.modules():
-            if isinstance(module, SharedExperts):
+            if isinstance(module, DispatchedExperts):
                 module.set_gradient_divide_factor(1 / factor)
 
     apply.shard_parameters = changed
@@ -251,8 +254,158 @@ def test_tokens_reach_their_experts_and_come_back(chosen):
     assert sum(count for _, count, _, _ in found) == 4 * moved
 
 
-def refused(parallel, make, sharding):
-    apply_folds(make(), make_fold(parallel, "cpu"), sharding=sharding)
+# Capacity: what is dropped is what one process drops that looks at each rank's tokens by themselves.
+
+
+def kept_by(capacity, chosen, weights, num_experts):
+    """Which choices (T, k) are kept of one rank's tokens, one expert at a time."""
+    most = -(-chosen.numel() * capacity.factor // num_experts)
+    kept = torch.zeros_like(chosen, dtype=torch.bool)
+    for expert in range(num_experts):
+        places = (chosen == expert).nonzero().tolist()
+        if capacity.keeps == "probability":
+            places.sort(key=lambda place: -weights[place[0], place[1]])
+        for token, choice in places[: int(most)]:
+            kept[token, choice] = True
+    return kept
+
+
+def exchange_with_capacity(chosen_by_rank, capacity, shared):
+    """As `exchange`, with weights that are often equal; and the bytes sent."""
+    rank = dist.get_rank()
+    chosen = torch.tensor(chosen_by_rank[rank], dtype=torch.long).view(-1, 2)
+    torch.manual_seed(rank)
+    hidden = torch.randn(len(chosen), 4, dtype=torch.float64, requires_grad=True)
+    weights = torch.randint(1, 3, chosen.shape).double().requires_grad_()
+    num_local = 2 if shared else 6
+
+    def run(tokens, numbers, ones):
+        return tokens * (1.0 + (num_local * rank if shared else 0) + numbers)
+
+    with counting() as counts:
+        out = dispatch(run, hidden, chosen, weights, num_local, dist.group.WORLD if shared else None, capacity)
+        out.sum().backward()
+    kept = kept_by(capacity, chosen, weights, 6)
+    expected = (hidden[:, None] * (1.0 + chosen)[..., None] * (weights * kept)[..., None]).sum(1)
+    grads = torch.autograd.grad(expected.sum(), (hidden, weights)) if len(chosen) else (hidden, weights)
+    right = all(torch.allclose(a, b) for a, b in zip((out, hidden.grad, weights.grad), (expected, *grads), strict=True))
+    return right, int((~kept).sum()), counts["bytes experts"]
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "alone"])
+@pytest.mark.parametrize("pads", [False, True], ids=["exact", "padded"])
+@pytest.mark.parametrize("keeps", ["probability", "position"])
+@pytest.mark.parametrize("factor", [0.5, 1.0, 1.25, 9.0])
+def test_an_expert_takes_what_its_capacity_holds(factor, keeps, pads, shared):
+    chosen = ([0, 1, 0, 3, 0, 5, 5, 0, 1, 0], [3, 2, 3, 0, 3, 1], [])
+    capacity = Capacity(factor, keeps, pads)
+    found = run_ranks(exchange_with_capacity, 3, chosen, capacity, shared)
+    assert all(right for right, *_ in found)
+    assert (sum(dropped for _, dropped, _ in found) > 0) == (factor < 9)
+    if shared and pads:  # to 4 experts of other ranks, back from 2 of its own, and their gradients: whatever is chosen
+        takes = [capacity.of(len(each), 6) for each in chosen]
+        rows = [2 * (4 * most + 2 * (sum(takes) - most)) for most in takes]
+        assert [size for *_, size in found] == [4 * 8 * number for number in rows]
+
+
+def errors_with_capacity(name, parallel, mixture):
+    """Against one process that drops of each rank's tokens by themselves."""
+    world = parallel.sequence
+    fold = make_fold(parallel, "cpu")
+    plan = make_plan(
+        test_models.LENGTHS, fold.inner, fold.outer, fold.num_heads, parallel.layout, tensor=fold.num_tensor
+    )
+    chunks = [plan.positions(*fold.coordinates(rank)) for rank in range(world)]
+    capacity = Capacity(mixture.capacity, mixture.keeps)
+    dropped = []
+
+    def drop(module, inputs):
+        hidden, chosen, weights = inputs
+        kept = torch.zeros_like(chosen, dtype=torch.bool)
+        for chunk in chunks:
+            kept[chunk] = kept_by(capacity, chosen[chunk], weights[chunk], module.num_experts)
+        dropped.append((~kept).double().mean())
+        return hidden, chosen, weights * kept
+
+    plain, make = test_models.make(name), test_models.make
+    for module in plain.modules():
+        if _is_experts(module):
+            module.register_forward_pre_hook(drop)
+    expected_loss, expected = test_models.reference(plain)
+    routers = []
+
+    def apply(model, fold, **options):
+        routers.append(apply_folds(model, fold, mixture=mixture, **options))
+
+    test_models.apply_folds, test_models.reference = apply, lambda _model: (expected_loss, expected)
+    test_models.make = make
+    found, _ = test_models.errors(name, parallel)
+    return found, routers[0].end_step(moved=True)["choices_dropped"], sum(dropped).item() / len(dropped)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "qwen2_moe", "mixtral"])
+@pytest.mark.parametrize(
+    ("parallel", "mixture"),
+    [
+        (ParallelConfig(inner=2), MixtureConfig(capacity=0.75)),
+        (ParallelConfig(inner=2, experts=2), MixtureConfig(capacity=0.75, keeps="position")),
+        (ParallelConfig(inner=2, tensor=2, experts=4), MixtureConfig(capacity=1.0, pads=True)),
+    ],
+    ids=str,
+)
+def test_a_model_that_drops_has_the_gradients_of_one_process(name, parallel, mixture):
+    found, share, expected = run_ranks(errors_with_capacity, parallel.sequence, name, parallel, mixture)[0]
+    assert max(found.values()) < 1e-11, max(found, key=found.get)
+    assert share == pytest.approx(expected, rel=1e-12)
+    assert share > 0.02
+
+
+def by_transformers(tp):
+    """A model that transformers shares out, on another row for each rank: error of each summed gradient."""
+    from transformers.distributed.expert_parallel import apply_expert_parallelism
+
+    rank, plain, model = dist.get_rank(), test_models.make("qwen3_moe"), test_models.make("qwen3_moe")
+    rows = [torch.randint(1, 50, (1, n), generator=torch.Generator().manual_seed(n)) for n in (11, 7)]
+    for ids in rows:
+        plain(ids, use_cache=False).logits.square().sum().backward()
+    plan = {}
+    for name, module in model.named_modules():
+        if _is_experts(module):
+            plan |= {f"{name}.{parameter}": "grouped_gemm" for parameter in module._parameters}
+            plan[name] = "ep_dispatch_experts"
+    mesh = init_device_mesh("cpu", (2,))
+    one = init_device_mesh("cpu", (2, 1) if tp == 1 else (1, 2), mesh_dim_names=("data", "tensor"))["tensor"]
+    apply_expert_parallelism(model, mesh, one, plan, ep_implementation="longvila")
+    model(rows[rank], use_cache=False).logits.square().sum().backward()
+    found = {}
+    for (name, parameter), expected in zip(model.named_parameters(), plain.parameters(), strict=True):
+        gradient = parameter.grad
+        if isinstance(gradient, DTensor):
+            gradient = gradient.full_tensor()
+        else:
+            dist.all_reduce(gradient)
+        found[name] = ((gradient - expected.grad).abs().max() / expected.grad.abs().max()).item()
+    return found
+
+
+@pytest.mark.skipif(
+    not hasattr(mixtures, "ExpertDispatch"), reason="this transformers has no registry of expert parallelism"
+)
+def test_models_that_transformers_shares_out_find_the_dispatcher_by_name():
+    found = run_ranks(by_transformers, 2, 1)[0]
+    assert max(found.values()) < 1e-11, max(found, key=found.get)
+    with pytest.raises(RankError, match="tp_size=2 ranks hold the same ones"):
+        run_ranks(by_transformers, 2, 2)
+
+
+def refused(parallel, make, sharding, mixture=None):
+    apply_folds(make(), make_fold(parallel, "cpu"), sharding=sharding, mixture=mixture)
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, float("nan")])
+def test_a_capacity_that_holds_nothing_is_refused(factor):
+    with pytest.raises(RankError, match=r"mixture\.capacity=.* leaves experts no tokens"):
+        run_ranks(refused, 1, ParallelConfig(), make_mixture, None, MixtureConfig(capacity=factor))
 
 
 @pytest.mark.parametrize(("world", "parallel", "make", "sharding", "words"), [
