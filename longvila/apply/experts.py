@@ -38,6 +38,8 @@ else:
             ConfigError: where ranks of a tensor group hold the same tokens, which would each be sent more than once.
         """
 
+        num_local_experts: int
+
         def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
             if self.tp_mesh.size() > 1:
                 raise ConfigError(
