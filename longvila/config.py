@@ -157,6 +157,8 @@ class ParallelConfig:
     experts: int = 1
     """Neighbouring ranks that share out the experts of a mixture: a fold of its own over all ranks, whatever
     attention's is (MoE Parallel Folding)."""
+    expert_tensor: int = 1
+    """Neighbouring ranks that share out the matrices of each expert; the ranks of `experts` lie that far apart."""
     tensor: int = 1
     """Neighbouring ranks that share out the matrices of attention and MLPs (Megatron's tensor parallelism). Outside of
     these each has its own tokens, and a row is split over them too."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import inspect
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
 from transformers import PreTrainedModel
 
 from longvila.apply.attention import ATTENTION
@@ -64,6 +66,8 @@ class DispatchedExperts(nn.Module):
     """Of this rank."""
     ranks: dist.ProcessGroup | None
     """Those that share out the experts."""
+    tensor_ranks: dist.ProcessGroup | None
+    """Those that share out the matrices of each."""
     capacity: Capacity | None
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -73,8 +77,9 @@ class DispatchedExperts(nn.Module):
         try:
             self._parameters.update(mine)
             return dispatch(
-                super().forward, hidden_states, top_k_index, top_k_weights, self.num_experts, self.ranks, self.capacity
-            )
+                super().forward, hidden_states, top_k_index, top_k_weights,
+                self.num_experts, self.ranks, self.capacity, self.tensor_ranks,
+            )  # fmt: skip
         finally:
             self._parameters.update(shared)
 
@@ -95,8 +100,12 @@ def set_up_experts(language_model: PreTrainedModel, fold: Fold, mixture: Mixture
     capacity = capacity_of(mixture)
     blocks = [module for module in language_model.modules() if any(map(_is_experts, module.children()))]
     found: list[Any] = [child for block in blocks for child in block.children() if _is_experts(child)]
-    kind, ranks = type(language_model).__name__, fold.experts.size(1) if fold.experts is not None else 1
-    asked = {"parallel.experts": ranks > 1, "mixture.capacity": capacity is not None, "mixture.bias": mixture.bias != 0}
+    kind, mesh = type(language_model).__name__, fold.experts
+    asked = {
+        "parallel.experts": mesh is not None,
+        "mixture.capacity": capacity is not None,
+        "mixture.bias": mixture.bias != 0,
+    }
     if not found:
         if names := [name for name, given in asked.items() if given]:
             raise ConfigError(f"{' and '.join(names)} given, but {kind} has no experts to share out; leave it out")
@@ -108,12 +117,13 @@ def set_up_experts(language_model: PreTrainedModel, fold: Fold, mixture: Mixture
             raise ConfigError(
                 f"layers of {kind} have {total} and {module.num_experts} experts; only equal ones are known"
             )
-        if fold.experts is not None:
-            _share_out(module, fold.experts["experts"])
-        if fold.experts is not None or capacity is not None:
+        if mesh is not None:
+            _share_out(module, mesh, _styles_of(language_model, module) if mesh.size(2) > 1 else {})
+        if mesh is not None or capacity is not None:
             own = type(module)
             module.__class__ = type(f"Dispatched{own.__name__}", (DispatchedExperts, own), {})
-            module.ranks = fold.experts["experts"].get_group() if fold.experts is not None else None
+            module.ranks = mesh.get_group("experts") if mesh is not None else None
+            module.tensor_ranks = mesh.get_group("expert_tensor") if mesh is not None and mesh.size(2) > 1 else None
             module.capacity = capacity
     biases = [buffer for block in blocks for name, buffer in block.named_buffers() if name.endswith(BIAS)]
     if mixture.bias and len(biases) != len(found):
@@ -129,17 +139,53 @@ def set_up_experts(language_model: PreTrainedModel, fold: Fold, mixture: Mixture
     return Routers(found, total, with_losses, biases if mixture.bias else [], mixture, group)
 
 
-def _share_out(module: Any, mesh: DeviceMesh) -> None:
-    if module.num_experts % mesh.size():
+def _styles_of(language_model: PreTrainedModel, experts: nn.Module) -> dict[str, str]:
+    """How transformers' plan for the model cuts each parameter of its experts."""
+    (name,) = (name for name, module in language_model.base_model.named_modules() if module is experts)
+    plan = language_model.config.base_model_tp_plan or {}
+    return {parameter: style for parameter in experts._parameters
+            for pattern, style in plan.items() if fnmatch.fnmatchcase(f"{name}.{parameter}", pattern)}  # fmt: skip
+
+
+def _share_out(module: Any, mesh: DeviceMesh, styles: dict[str, str]) -> None:
+    """Args: styles: of each parameter, how its matrices are cut; empty where they are not."""
+    _, ranks, parts = mesh.shape
+    if module.num_experts % ranks:
         raise ConfigError(
             f"{module.num_experts} experts of {type(module).__name__} cannot be shared out evenly among parallel."
-            f"experts={mesh.size()} ranks; use a divisor of {module.num_experts}"
+            f"experts={ranks} ranks; use a divisor of {module.num_experts}"
         )
-    module.num_experts //= mesh.size()
+    module.num_experts //= ranks
     for name, parameter in list(module._parameters.items()):
         assert parameter is not None
-        shared = distribute_tensor(parameter.data, mesh, [Shard(0)], src_data_rank=None)
+        placements, over = [Shard(0)], mesh["experts"]
+        if parts > 1:
+            placements.append(_cut_of(name, parameter, type(module).__name__, styles.get(name), parts))
+            over = mesh["experts", "expert_tensor"]
+        shared = distribute_tensor(parameter.data, over, placements, src_data_rank=None)
         module.register_parameter(name, nn.Parameter(shared, parameter.requires_grad))
+
+
+def _cut_of(name: str, parameter: nn.Parameter, kind: str, style: str | None, parts: int) -> Shard:
+    """Of (experts, outputs, inputs): the dimension by which an expert's neurons are shared out.
+
+    Raises:
+        ConfigError: the plan says nothing of it, or neurons do not divide.
+    """
+    dims = {"packed_colwise": (1, 2), "colwise": (1, 1), "rowwise": (2, 1)}
+    if style not in dims or parameter.ndim != 3:
+        raise ConfigError(
+            f"parallel.expert_tensor={parts}, but transformers' plan has no way to cut {name} of {kind} (it says "
+            f"{style}); use 1"
+        )
+    dim, packed = dims[style]
+    if (neurons := parameter.shape[dim] // packed) % parts:
+        raise ConfigError(
+            f"{neurons} neurons of {name} of {kind} cannot be shared out evenly among parallel.expert_tensor={parts} "
+            f"ranks; use a divisor of {neurons}"
+        )
+    # Gates lie before what they gate: each rank has its part of either.
+    return Shard(dim) if packed == 1 else _StridedShard(dim, split_factor=packed)
 
 
 def _routers_of(language_model: PreTrainedModel) -> list[nn.Module]:

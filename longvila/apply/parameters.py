@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from longvila.apply.experts import DispatchedExperts
 from longvila.config import ShardingConfig
@@ -104,9 +105,10 @@ def _other_dim(copies: int, parameter: nn.Parameter) -> Shard:
     """The dimension by which ranks that hold the same part of a parameter shard it: not that of the parts, where it
     divides."""
     assert isinstance(parameter, DTensor)
-    if parameter.ndim == 1 or parameter.placements != (Shard(0),):
-        return Shard(0)
-    return Shard(1 if parameter.shape[1] % copies == 0 else 0)
+    cut = {placement.dim for placement in parameter.placements if isinstance(placement, (Shard, _StridedShard))}
+    free = [dim for dim in range(parameter.ndim) if dim not in cut]
+    # Only the first dimension may be spread unevenly.
+    return Shard(next((dim for dim in free if dim == 0 or parameter.shape[dim] % copies == 0), 0))
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:

@@ -4,6 +4,9 @@ Of the experts of every layer a rank holds its share. Which ranks share is a fol
 Parallel Folding, Liu et al. 2025): it need not agree with the attention fold, so that experts of any number go with any
 way of sharing a row.
 
+The matrices of each expert may be shared out too: then the ranks that have its parts gather their tokens and spread the
+sums of their results.
+
 Nothing is dropped, or what is above an expert's capacity (GShard, Lepikhin et al. 2020, section 2.2): of the choices of
 one rank's tokens each expert takes ceil(choices / experts * factor).
 """
@@ -20,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longvila.parallel.exchange import all_to_all
+from longvila.parallel.tensor import gather_tokens, spread_sums
 
 Experts = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(tokens (n, D), experts (n, k), weights (n, k)) -> (n, D): the weighted sum of what a token's experts make of it."""
@@ -48,6 +52,7 @@ def dispatch(
     num_local: int,
     group: dist.ProcessGroup | None,
     capacity: Capacity | None = None,
+    tensor: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """Runs tokens through experts that lie on other ranks. Collective over `group`, also for a rank without tokens.
 
@@ -59,6 +64,7 @@ def dispatch(
         weights: (T, k) the weights of those experts' results.
         group: None where this rank holds all experts.
         capacity: None drops nothing.
+        tensor: ranks that hold the same experts and of each a part of its matrices, whose results are summed.
 
     Returns:
         (T, D); of choices that were dropped there is nothing in it. Differentiable in `hidden`, `weights` and what
@@ -79,7 +85,7 @@ def dispatch(
         rows = flat[order] * most + place
         tokens = tokens.new_zeros(len(counts) * most, hidden.shape[1]).index_copy(0, rows, tokens)
         counts = torch.full_like(counts, most)
-    results = _exchange(experts, tokens, counts.view(ranks, num_local), group)
+    results = _exchange(experts, tokens, counts.view(ranks, num_local), group, tensor)
     if rows is not None:
         results = results[rows]
     # Back in order of (token, choice). The weights are the sender's: no gradient of theirs has to travel.
@@ -96,7 +102,9 @@ def _by_expert(flat: Tensor, weights: Tensor, capacity: Capacity | None) -> Tens
     return largest[flat[largest].argsort(stable=True)]
 
 
-def _exchange(experts: Experts, tokens: Tensor, counts: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def _exchange(
+    experts: Experts, tokens: Tensor, counts: Tensor, group: dist.ProcessGroup | None, tensor: dist.ProcessGroup | None
+) -> Tensor:
     """Results of `tokens`, which lie in the order of their experts; counts (ranks, experts of each)."""
     ranks, num_local = counts.shape
     coming = counts
@@ -106,10 +114,21 @@ def _exchange(experts: Experts, tokens: Tensor, counts: Tensor, group: dist.Proc
         sent, received = counts.sum(1).tolist(), coming.sum(1).tolist()
         tokens = all_to_all(tokens, sent, received, group, "experts")
     numbers = torch.arange(num_local, device=tokens.device).repeat(ranks).repeat_interleave(coming.flatten())
-    if not len(tokens):
-        # A row of zeros whose result is thrown away: parameters without a gradient would leave a collective out.
-        results = experts(tokens.new_zeros(1, tokens.shape[1]), numbers.new_zeros(1, 1), tokens.new_ones(1, 1))[:0]
-        results = results + 0 * tokens
+    if tensor is None:
+        results = _run(experts, tokens, numbers)
     else:
-        results = experts(tokens, numbers[:, None], tokens.new_ones(len(tokens), 1))
+        each = [torch.empty(1, dtype=torch.long, device=tokens.device) for _ in range(dist.get_world_size(tensor))]
+        dist.all_gather(each, torch.tensor([len(tokens)], device=tokens.device), group=tensor)
+        sizes = torch.cat(each).tolist()
+        numbers = gather_tokens(numbers, sizes, tensor, "expert_tensor")
+        results = _run(experts, gather_tokens(tokens, sizes, tensor, "expert_tensor"), numbers)
+        results = spread_sums(results, sizes, tensor, "expert_tensor")
     return results if group is None else all_to_all(results, received, sent, group, "experts")
+
+
+def _run(experts: Experts, tokens: Tensor, numbers: Tensor) -> Tensor:
+    if len(tokens):
+        return experts(tokens, numbers[:, None], tokens.new_ones(len(tokens), 1))
+    # A row of zeros whose result is thrown away: parameters without a gradient would leave a collective out.
+    results = experts(tokens.new_zeros(1, tokens.shape[1]), numbers.new_zeros(1, 1), tokens.new_ones(1, 1))[:0]
+    return results + 0 * tokens

@@ -20,6 +20,7 @@ from longvila.config import ParallelConfig, PlacementName, ShardingConfig
 from longvila.errors import ConfigError
 
 AXES = ("data", "outer", "inner", "head", "tensor")
+EXPERT_AXES = ("copies", "experts", "expert_tensor")
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ class Fold:
     links: Links
     """Where keys, values and queries travel between them."""
     experts: DeviceMesh | None
-    """Axes `copies` and `experts`: ranks along the second share out a mixture's experts, ranks along the first hold the
-    same ones. None where experts are not shared out."""
+    """Axes `copies`, `experts` and `expert_tensor`: ranks along the second share out a mixture's experts, along the
+    third the matrices of each, and along the first hold the same. None where nothing of experts is shared out."""
     return_links: Links
     """The same ranks; gradients and helpers' answers travel here, so that the two kinds of traffic never mix."""
     heads: dist.ProcessGroup
@@ -146,10 +147,11 @@ def check_world(parallel: ParallelConfig, world: int) -> int:
             f"a sequence group of {parallel.sequence} ranks ({sizes}) does not divide the world of {world} ranks; "
             f"start a multiple of {parallel.sequence}, or change parallel.*"
         )
-    if parallel.experts < 1 or world % parallel.experts:
+    if min(parallel.experts, parallel.expert_tensor) < 1 or world % (parallel.experts * parallel.expert_tensor):
+        matrices = f" x expert_tensor={parallel.expert_tensor}" if parallel.expert_tensor != 1 else ""
         raise ConfigError(
-            f"parallel.experts={parallel.experts} ranks that share experts do not divide the world of {world} ranks; "
-            f"use a divisor of it"
+            f"parallel.experts={parallel.experts}{matrices} ranks that share experts do not divide the world of "
+            f"{world} ranks; use a divisor of it"
         )
     return world // parallel.sequence
 
@@ -163,7 +165,8 @@ def fold_groups(parallel: ParallelConfig, world: int) -> Groups:
     `sequence`: ranks that share a row. `data`: ranks that have the same place in different sequence groups. `heads`:
     ranks that split the heads of the same tokens. `context`: ranks that have the same heads of different tokens; they
     are `outer` rings of `inner` ranks, and `ring` is one of those. `tensor`: ranks that share out matrices. With shared
-    experts, `experts`: ranks that share them out; `copies`: ranks that hold the same ones.
+    experts, `experts`: ranks that share them out; `expert_tensor`: ranks that share out the matrices of each; `copies`:
+    ranks that hold the same.
 
     Raises:
         ConfigError: where the fold does not fit the world.
@@ -185,9 +188,10 @@ def fold_groups(parallel: ParallelConfig, world: int) -> Groups:
         "ring": along("inner"),
         "tensor": along("tensor"),
     }
-    if parallel.experts > 1:
-        shared = torch.arange(world).view(-1, parallel.experts)
-        groups |= {"experts": shared.tolist(), "copies": shared.T.tolist()}
+    if parallel.experts * parallel.expert_tensor > 1:
+        ranks = torch.arange(world).view(-1, parallel.experts, parallel.expert_tensor)
+        for index, name in enumerate(EXPERT_AXES):
+            groups[name] = sorted(ranks.movedim(index, -1).reshape(-1, ranks.shape[index]).tolist())
     return groups
 
 
@@ -206,8 +210,9 @@ def make_fold(parallel: ParallelConfig, device_type: str) -> Fold:
     if parallel.outer > 1:
         inner, inner_returns = _my_group(groups["ring"]), _my_group(groups["ring"])
     experts = None
-    if parallel.experts > 1:
-        experts = _make_mesh(device_type, {"copies": world // parallel.experts, "experts": parallel.experts})
+    if (shared := parallel.experts * parallel.expert_tensor) > 1:
+        sizes = (world // shared, parallel.experts, parallel.expert_tensor)
+        experts = _make_mesh(device_type, dict(zip(EXPERT_AXES, sizes, strict=True)))
     return Fold(
         mesh=mesh,
         sequence=_my_group(groups["sequence"]),

@@ -22,20 +22,21 @@ _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tenso
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def gather_tokens(x: Tensor, tokens: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+def gather_tokens(x: Tensor, tokens: Sequence[int], group: dist.ProcessGroup, what: str = "tensor") -> Tensor:
     """The tokens of all ranks, in rank order; their gradients are summed and go back to their ranks.
 
     Args:
         x: (t, ...) of this rank.
         tokens: those of each rank of the group; t is this rank's.
+        what: the name under which its bytes are counted.
 
     Returns:
         (sum(tokens), ...).
     """
-    return _gather_tokens(x, list(tokens), group.group_name)
+    return _gather_tokens(x, list(tokens), group.group_name, what)
 
 
-def spread_sums(x: Tensor, tokens: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+def spread_sums(x: Tensor, tokens: Sequence[int], group: dist.ProcessGroup, what: str = "tensor") -> Tensor:
     """The sum over ranks, of which each gets its own tokens; gradients are gathered. The transpose of `gather_tokens`.
 
     Args:
@@ -44,14 +45,14 @@ def spread_sums(x: Tensor, tokens: Sequence[int], group: dist.ProcessGroup) -> T
     Returns:
         (t, ...), t being this rank's of `tokens`.
     """
-    return _spread_sums(x, list(tokens), group.group_name)
+    return _spread_sums(x, list(tokens), group.group_name, what)
 
 
 @torch.library.custom_op("longvila::gather_tokens", mutates_args=())
-def _gather_tokens(x: Tensor, tokens: list[int], group: str) -> Tensor:
+def _gather_tokens(x: Tensor, tokens: list[int], group: str, what: str) -> Tensor:
     ranks, most = _resolve_process_group(GroupName(group)), max(tokens)
     padded = x if x.shape[0] == most else torch.cat([x, x.new_zeros(most - x.shape[0], *x.shape[1:])])
-    _count(padded, len(tokens))
+    _count(padded, len(tokens), what)
     out = x.new_empty(len(tokens) * most, *x.shape[1:])
     _gather(out, padded.contiguous(), group=ranks)
     if min(tokens) == most:
@@ -60,7 +61,7 @@ def _gather_tokens(x: Tensor, tokens: list[int], group: str) -> Tensor:
 
 
 @torch.library.custom_op("longvila::spread_sums", mutates_args=())
-def _spread_sums(x: Tensor, tokens: list[int], group: str) -> Tensor:
+def _spread_sums(x: Tensor, tokens: list[int], group: str, what: str) -> Tensor:
     ranks, most = _resolve_process_group(GroupName(group)), max(tokens)
     padded = x
     if min(tokens) != most:
@@ -68,24 +69,24 @@ def _spread_sums(x: Tensor, tokens: list[int], group: str) -> Tensor:
         for place, part in zip(padded, x.split(tokens), strict=True):
             place[: len(part)] = part
     out = x.new_empty(most, *x.shape[1:])
-    _count(out, len(tokens))
+    _count(out, len(tokens), what)
     _reduce_scatter(out, padded.contiguous().view(-1, *x.shape[1:]), group=ranks)
     return out[: tokens[dist.get_rank(ranks)]].clone()
 
 
-def _count(piece: Tensor, ranks: int) -> None:
+def _count(piece: Tensor, ranks: int, what: str) -> None:
     """Bytes that a rank sends of a collective of `ranks` such pieces, in a ring."""
-    count("bytes tensor", (ranks - 1) * piece.numel() * piece.element_size())
-    count("collective tensor")
+    count(f"bytes {what}", (ranks - 1) * piece.numel() * piece.element_size())
+    count(f"collective {what}")
 
 
 @_gather_tokens.register_fake
-def _(x: Tensor, tokens: list[int], group: str) -> Tensor:
+def _(x: Tensor, tokens: list[int], group: str, what: str) -> Tensor:
     return x.new_empty(sum(tokens), *x.shape[1:])
 
 
 @_spread_sums.register_fake
-def _(x: Tensor, tokens: list[int], group: str) -> Tensor:
+def _(x: Tensor, tokens: list[int], group: str, what: str) -> Tensor:
     return x.new_empty(tokens[dist.get_rank(_resolve_process_group(GroupName(group)))], *x.shape[1:])
 
 
@@ -94,10 +95,10 @@ def _setup(ctx, inputs, output) -> None:
 
 
 _gather_tokens.register_autograd(
-    lambda ctx, grad: (_spread_sums(grad, *ctx.arguments), None, None), setup_context=_setup
+    lambda ctx, grad: (_spread_sums(grad, *ctx.arguments), None, None, None), setup_context=_setup
 )
 _spread_sums.register_autograd(
-    lambda ctx, grad: (_gather_tokens(grad, *ctx.arguments), None, None), setup_context=_setup
+    lambda ctx, grad: (_gather_tokens(grad, *ctx.arguments), None, None, None), setup_context=_setup
 )
 
 

@@ -47,7 +47,7 @@ def deepspeed_config(config: StageConfig, world: int) -> dict[str, Any]:
     """
     if config.sharding != ShardingConfig():
         raise ConfigError(f"sharding.* is for the engine fsdp2; {config.engine} shards as its stage does")
-    for name in ("experts", "tensor"):
+    for name in ("experts", "expert_tensor", "tensor"):
         if (ranks := getattr(config.parallel, name)) > 1:
             raise ConfigError(f"parallel.{name}={ranks} is for the engine fsdp2, not {config.engine}")
     if config.mixture != MixtureConfig():

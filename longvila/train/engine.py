@@ -6,7 +6,7 @@ ranks; an engine that averages undoes it in its adapter, in one line.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +19,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from longvila.apply import apply_folds
 from longvila.config import StageConfig
@@ -101,6 +102,7 @@ class FSDP2Engine:
             config.tile_tokens, config.mixture,
         )  # fmt: skip
         self.model = model
+        self._by_name = dict(model.named_parameters())
         self.optimizer = make_optimizer(model, config.optimizer)
         self._clip = config.optimizer.clip or float("inf")
         self._reduce_once = config.sharding.gradients == "none"
@@ -152,11 +154,56 @@ class FSDP2Engine:
             for moments in self.optimizer.state.values():
                 moments["step"].zero_()
         self._groups = optimizer["param_groups"]
-        return {"model": model, "optimizer": optimizer["state"]}
+        return _map_tensors({"model": model, "optimizer": optimizer["state"]}, self._contiguous)
 
     def load_state(self, state: dict[str, Any]) -> None:
+        state = _map_tensors(state, self._packed)
         optimizer = {"state": state["optimizer"], "param_groups": self._groups}
         set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=optimizer)
+
+    # Of matrices that lie packed behind one another (a gate and what it gates), a rank that has its part of each holds no
+    # contiguous piece, and torch's checkpoints know no other. They are saved as contiguous pieces.
+
+    def _contiguous(self, name: str, tensor: Tensor) -> Tensor:
+        packed = self._placements_of(name)
+        if not packed or tensor.ndim < 2:
+            return tensor
+        assert isinstance(tensor, DTensor)
+        pieces = [Shard(p.dim) if _is_packed(p, packed) else p for p in packed]
+        return distribute_tensor(tensor.full_tensor(), tensor.device_mesh, pieces, src_data_rank=None)
+
+    def _packed(self, name: str, tensor: Tensor) -> Tensor:
+        packed = self._placements_of(name)
+        if not packed or tensor.ndim < 2:
+            return tensor
+        assert isinstance(tensor, DTensor)
+        return distribute_tensor(tensor.full_tensor(), tensor.device_mesh, packed, src_data_rank=None)
+
+    def _placements_of(self, name: str) -> tuple[Any, ...]:
+        """Of a parameter that lies packed; else none."""
+        parameter = self._by_name.get(name)
+        if not isinstance(parameter, DTensor) or not any(
+            _is_packed(p, parameter.placements) for p in parameter.placements
+        ):
+            return ()
+        return parameter.placements
+
+
+def _is_packed(placement: Any, placements: Sequence[Any]) -> bool:
+    """Whether it spreads parts of one dimension side by side. (FSDP2 uses the same kind where it spreads further what
+    another axis has spread: that leaves contiguous pieces.)"""
+    return (
+        isinstance(placement, _StridedShard) and sum(getattr(p, "dim", None) == placement.dim for p in placements) == 1
+    )
+
+
+def _map_tensors(state: dict[str, Any], change: Callable[[str, Tensor], Tensor]) -> dict[str, Any]:
+    """`change(name of the parameter, tensor)` of weights and moments."""
+    moments = {
+        name: {key: change(name, value) if isinstance(value, Tensor) else value for key, value in each.items()}
+        for name, each in state["optimizer"].items()
+    }
+    return {"model": {name: change(name, value) for name, value in state["model"].items()}, "optimizer": moments}
 
 
 def _by_mesh(tensors: Iterable[Tensor]) -> list[list[Tensor]]:

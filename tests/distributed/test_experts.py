@@ -65,13 +65,17 @@ def with_mixture(function, *arguments):
         ParallelConfig(inner=2, experts=2),
         ParallelConfig(inner=2, head=2, experts=2),
         ParallelConfig(inner=4, experts=4),
+        ParallelConfig(inner=2, expert_tensor=2),
+        ParallelConfig(inner=2, head=2, experts=2, expert_tensor=2),
+        ParallelConfig(inner=4, expert_tensor=4),
     ],
     ids=str,
 )
 def test_language_models_of_transformers_have_the_gradients_of_one_process(name, parallel):
     found, counted = run_ranks(test_models.errors, parallel.sequence, name, parallel)[0]
     assert max(found.values()) < 1e-11, max(found, key=found.get)
-    assert counted["bytes experts"] > 0
+    assert (counted["bytes experts"] > 0) == (parallel.experts > 1)
+    assert (counted["bytes expert_tensor"] > 0) == (parallel.expert_tensor > 1)
 
 
 @pytest.mark.parametrize(
@@ -83,6 +87,7 @@ def test_language_models_of_transformers_have_the_gradients_of_one_process(name,
         (4, ParallelConfig(inner=2, outer=2, experts=4, routing="relay", placement="context_first"), (MIXED,)),
         (8, ParallelConfig(inner=2, head=2, experts=4), (MIXED, TEXT)),
         (8, ParallelConfig(inner=4, experts=8, layout="zigzag"), (VIDEO, MIXED)),
+        (8, ParallelConfig(inner=2, tensor=1, experts=2, expert_tensor=2), (MIXED, TEXT, VIDEO, MIXED)),
     ],
     ids=str,
 )
@@ -110,7 +115,13 @@ def train_three_steps(parallel):
 
 @pytest.mark.parametrize(
     ("world", "parallel"),
-    [(2, ParallelConfig(inner=2, experts=2)), (4, ParallelConfig(head=2, experts=2)), (4, ParallelConfig(experts=4))],
+    [
+        (2, ParallelConfig(inner=2, experts=2)),
+        (4, ParallelConfig(head=2, experts=2)),
+        (4, ParallelConfig(experts=4)),
+        (4, ParallelConfig(inner=2, experts=2, expert_tensor=2)),
+        (4, ParallelConfig(expert_tensor=2)),
+    ],
 )
 def test_norms_clipping_and_steps_are_those_of_one_process(world, parallel):
     expected = run_ranks(with_mixture, 1, engines.plain_steps, 3)[0]
@@ -133,9 +144,14 @@ def continue_after_two(parallel, folder):
     return whole_weights(state.model)
 
 
-def test_a_checkpoint_goes_on_under_any_other_fold_of_experts(tmp_path):
-    expected, exported = run_ranks(with_mixture, 4, save_after_two, ParallelConfig(inner=2, experts=2), tmp_path)[0]
+@pytest.mark.parametrize("saved", [
+    ParallelConfig(inner=2, experts=2), ParallelConfig(inner=2, experts=2, expert_tensor=2),
+    ParallelConfig(expert_tensor=2),
+], ids=str)  # fmt: skip
+def test_a_checkpoint_goes_on_under_any_other_fold_of_experts(tmp_path, saved):
+    expected, exported = run_ranks(with_mixture, 4, save_after_two, saved, tmp_path)[0]
     for world, parallel in (
+        (4, ParallelConfig(inner=2, experts=2, expert_tensor=2)),
         (2, ParallelConfig(inner=2)),
         (2, ParallelConfig(experts=2)),
         (4, ParallelConfig(experts=4)),
@@ -196,9 +212,30 @@ def _gradients_travel_to_other_ranks():
     experts.all_to_all = Wrong.apply
 
 
+def _results_of_parts_are_averaged_backward():
+    real = experts.spread_sums
+
+    def changed(x, *rest):
+        out = real(x, *rest)
+        return out.detach() + 0.5 * (out - out.detach())
+
+    experts.spread_sums = changed
+
+
+def _gradients_of_tokens_of_other_parts_are_lost():
+    real = experts.gather_tokens
+
+    def changed(x, *rest):
+        out = real(x, *rest)
+        return out.detach() + 0 * out if out.is_floating_point() and dist.get_rank() % 2 else out
+
+    experts.gather_tokens = changed
+
+
 FAULTS = [
     _experts_are_averaged_over_their_copies, _experts_are_summed_over_those_that_share_them_too,
     _routers_get_no_gradient, _tokens_get_no_gradient, _gradients_travel_to_other_ranks,
+    _results_of_parts_are_averaged_backward, _gradients_of_tokens_of_other_parts_are_lost,
 ]  # fmt: skip
 
 
@@ -209,8 +246,8 @@ def with_fault(fault, case):
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_seen_in_a_gradient_and_not_in_the_loss(fault):
-    case = Case(ParallelConfig(inner=2, experts=2), 4, (MIXED, VIDEO))
-    errors = run_ranks(with_fault, 4, fault, case)[0]
+    case = Case(ParallelConfig(inner=2, experts=2, expert_tensor=2), 8, (MIXED, VIDEO, TEXT, MIXED))
+    errors = run_ranks(with_fault, 8, fault, case)[0]
     assert errors.pop("loss") < 1e-12
     assert max(errors.values()) > 1e-3
 
@@ -408,12 +445,25 @@ def test_a_capacity_that_holds_nothing_is_refused(factor):
         run_ranks(refused, 1, ParallelConfig(), make_mixture, None, MixtureConfig(capacity=factor))
 
 
+def with_biased_experts():
+    """Experts with a parameter of which transformers' plan says nothing."""
+    model = make_mixture()
+    for module in model.modules():
+        if _is_experts(module):
+            module.down_bias = torch.nn.Parameter(torch.zeros(8, 48, 1))
+    return model
+
+
 @pytest.mark.parametrize(("world", "parallel", "make", "sharding", "words"), [
+    (2, ParallelConfig(expert_tensor=2), DENSE, ShardingConfig(), "Qwen3ForCausalLM has no experts"),
+    (5, ParallelConfig(expert_tensor=5), make_mixture, ShardingConfig(), "24 neurons of .*expert_tensor=5"),
+    (2, ParallelConfig(expert_tensor=2), with_biased_experts, ShardingConfig(), "no way to cut down_bias"),
+    (4, ParallelConfig(experts=2, expert_tensor=3), make_mixture, ShardingConfig(), "=2 x expert_tensor=3 .* of 4"),
     (3, ParallelConfig(experts=3), make_mixture, ShardingConfig(), "8 experts .* evenly among parallel.experts=3"),
     (2, ParallelConfig(experts=2), DENSE, ShardingConfig(), "Qwen3ForCausalLM has no experts"),
     (4, ParallelConfig(experts=3), make_mixture, ShardingConfig(), "parallel.experts=3 .* world of 4"),
     (2, ParallelConfig(experts=2), make_mixture, ShardingConfig("none", "none"), "leave sharding"),
-], ids=["uneven", "no experts", "world", "sharding"])  # fmt: skip
+], ids=["nothing to cut", "neurons", "no plan", "sizes", "uneven", "no experts", "world", "sharding"])  # fmt: skip
 def test_what_cannot_be_shared_out_is_refused_with_both_numbers(world, parallel, make, sharding, words):
     with pytest.raises((ConfigError, RankError), match=words):
         run_ranks(refused, world, parallel, make, sharding)

@@ -5,7 +5,7 @@ import torch.distributed as dist
 
 from longvila.config import ParallelConfig
 from longvila.errors import ConfigError
-from longvila.parallel.fold import fold_groups, make_fold
+from longvila.parallel.fold import EXPERT_AXES, fold_groups, make_fold
 from longvila.parallel.launch import run_ranks
 
 MANY = [
@@ -15,6 +15,7 @@ MANY = [
     (16, ParallelConfig(head=2, inner=2, outer=2, experts=2, placement="context_first")),
     (12, ParallelConfig(inner=3, experts=4)),
     (16, ParallelConfig(inner=2, head=2, tensor=2, experts=4)),
+    (16, ParallelConfig(inner=2, experts=4, expert_tensor=2)),
 ]
 
 
@@ -26,7 +27,8 @@ def test_every_rank_is_in_one_group_of_each_kind_and_groups_have_their_size(worl
         "context": parallel.inner * parallel.outer, "ring": parallel.inner, "tensor": parallel.tensor,
     }  # fmt: skip
     if parallel.experts > 1:
-        sizes |= {"experts": parallel.experts, "copies": world // parallel.experts}
+        sizes |= {"experts": parallel.experts, "expert_tensor": parallel.expert_tensor}
+        sizes["copies"] = world // parallel.experts // parallel.expert_tensor
     assert groups.keys() == sizes.keys()
     for name, size in sizes.items():
         assert sorted(rank for group in groups[name] for rank in group) == list(range(world))
@@ -44,12 +46,13 @@ def made_groups(parallel):
         "ring": fold.links.inner, "tensor": fold.tensor.get_group("tensor"),
     }  # fmt: skip
     if fold.experts is not None:
-        groups |= {name: fold.experts.get_group(name) for name in ("experts", "copies")}
+        groups |= {name: fold.experts.get_group(name) for name in EXPERT_AXES}
     return {name: dist.get_process_group_ranks(group) for name, group in groups.items()}
 
 
 @pytest.mark.parametrize("parallel", [
     ParallelConfig(head=2, inner=2, outer=2, experts=4),
+    ParallelConfig(inner=2, experts=2, expert_tensor=2),
     ParallelConfig(head=2, inner=2, outer=2, experts=2, placement="context_first"),
     ParallelConfig(head=2, inner=2),
     ParallelConfig(head=2, inner=2, tensor=2, placement="context_first"),
@@ -95,6 +98,11 @@ def test_experts_have_a_fold_of_their_own():
     assert groups["sequence"] == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert groups["experts"] == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert groups["copies"] == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    # The paper's order, for 8 of its 16 ranks in a pipeline stage: TP2 CP2 DP2 beside ETP2 EP4.
+    groups = fold_groups(ParallelConfig(tensor=2, inner=2, experts=4, expert_tensor=2), 8)
+    assert groups["tensor"] == groups["expert_tensor"] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert groups["context"] == [[0, 2], [1, 3], [4, 6], [5, 7]]
+    assert groups["experts"] == [[0, 2, 4, 6], [1, 3, 5, 7]]
 
 
 @pytest.mark.parametrize(("world", "parallel", "words"), [
