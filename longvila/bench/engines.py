@@ -8,6 +8,7 @@ ones end at the same weights. What counts is each step's gradient norm before cl
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +25,7 @@ from longvila.config import (
     Phase,
     StageConfig,
 )
+from longvila.model.vlm import LongVilaModel
 from longvila.parallel.batch import frame_share, shift_labels
 from longvila.parallel.fold import Fold, make_fold
 from longvila.parallel.launch import run_ranks
@@ -36,6 +38,7 @@ from longvila.train.optimizer import make_optimizer, set_learning_rate
 from longvila.train.step import TrainingState, take_step
 
 DOCUMENTS = (MIXED, TEXT, VIDEO, MIXED[::-1])
+Build = Callable[[], LongVilaModel]
 RATE = 1e-3
 OPTIMIZER = OptimizerConfig(weight_decay=0.1, clip=0.5)
 ROWS_PER_STEP = 4
@@ -53,11 +56,13 @@ def make_config(parallel: ParallelConfig, **fields: Any) -> StageConfig:
     return replace(config, **fields)
 
 
-def make_state(parallel: ParallelConfig, dtype: torch.dtype = torch.float64, **fields: Any) -> TrainingState:
-    """The small model of `train.gradients` on this rank, ready for `take_step`. Collective."""
+def make_state(
+    parallel: ParallelConfig, dtype: torch.dtype = torch.float64, build: Build | None = None, **fields: Any
+) -> TrainingState:
+    """The small model of `train.gradients` (or what `build` makes) on this rank, ready for `take_step`. Collective."""
     config = make_config(parallel, **fields)
     fold = make_fold(parallel, "cpu")
-    model = make_model()
+    model = (build or make_model)()
     torch.nn.Module.to(model, dtype)  # transformers wraps `model.to` in a way that a type checker misreads
     prepare(model, config)
     no_tokenizer: Any = None  # rows are made of ids
@@ -98,9 +103,11 @@ def take_steps(state: TrainingState, first: int, count: int) -> list[dict[str, f
     return [take_step(state, make_step(state.fold, step), RATE) for step in range(first, first + count)]
 
 
-def plain_steps(count: int) -> tuple[list[dict[str, float]], dict[str, Tensor], dict[str, Tensor]]:
+def plain_steps(
+    count: int, build: Build | None = None
+) -> tuple[list[dict[str, float]], dict[str, Tensor], dict[str, Tensor]]:
     """The textbook's steps: loss and gradient norm of each, the first step's gradients, and the weights in the end."""
-    model = make_model()
+    model = (build or make_model)()
     optimizer = make_optimizer(model, OPTIMIZER)
     figures, first = [], {}
     for step in range(count):
@@ -121,14 +128,20 @@ def plain_steps(count: int) -> tuple[list[dict[str, float]], dict[str, Tensor], 
 
 
 def engine_steps(
-    parallel: ParallelConfig, engine: EngineName, dtype: torch.dtype, count: int, scale: float = 1.0, **fields: Any
+    parallel: ParallelConfig,
+    engine: EngineName,
+    dtype: torch.dtype,
+    count: int,
+    scale: float = 1.0,
+    build: Build | None = None,
+    **fields: Any,
 ) -> tuple[list[dict[str, float]], dict[str, Tensor], dict[str, Tensor]]:
     """The same through an engine, on every rank. `scale` multiplies every gradient: a fault, to see it caught.
 
     Returns:
         As `plain_steps`; the weights on rank 0 alone.
     """
-    state = make_state(parallel, dtype, engine=engine, **fields)
+    state = make_state(parallel, dtype, build, engine=engine, **fields)
     backward, norm, first = state.engine.backward, state.engine.gradient_norm, {}
 
     def scaled(loss: Tensor, last: bool) -> None:

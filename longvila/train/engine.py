@@ -182,11 +182,8 @@ class FSDP2Engine:
     def _placements_of(self, name: str) -> tuple[Any, ...]:
         """Of a parameter that lies packed; else none."""
         parameter = self._by_name.get(name)
-        if not isinstance(parameter, DTensor) or not any(
-            _is_packed(p, parameter.placements) for p in parameter.placements
-        ):
-            return ()
-        return parameter.placements
+        placements = parameter.placements if isinstance(parameter, DTensor) else ()
+        return placements if any(_is_packed(each, placements) for each in placements) else ()
 
 
 def _is_packed(placement: Any, placements: Sequence[Any]) -> bool:

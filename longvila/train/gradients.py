@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import Qwen3Config
+from transformers import Qwen3Config, Qwen3MoeConfig
 
 from longvila.apply import apply_folds
 from longvila.config import LayoutName, ParallelConfig, RoutingName
@@ -82,8 +82,13 @@ def cases(world: int) -> list[Case]:
     ]
 
 
-def make_model(seed: int = 0) -> LongVilaModel:
-    """A small vision-language model in fp64: 3-block ViT, 2x2 projector, 2-layer Qwen3 with 6 query and 3 K/V heads."""
+def make_model(seed: int = 0, heads: tuple[int, int] = (6, 3), experts: int = 0) -> LongVilaModel:
+    """A small vision-language model in fp64: 3-block ViT, 2x2 projector, 2-layer Qwen3.
+
+    Args:
+        heads: of queries, and of keys.
+        experts: in each layer, of which a token has 3; 0 makes the language model dense.
+    """
     torch.manual_seed(seed)
     vision = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 3, "head_width": 16, "mlp_ratio": 2.0}
     tower = {
@@ -91,12 +96,22 @@ def make_model(seed: int = 0) -> LongVilaModel:
         "model_cfg": {"embed_dim": 16, "vision_cfg": vision},
         "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3},
     }
-    text = Qwen3Config(
-        vocab_size=64, hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=6,
-        num_key_value_heads=3, head_dim=8, tie_word_embeddings=True,
-    )  # fmt: skip
+    shape = {
+        "vocab_size": 64, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": heads[0], "num_key_value_heads": heads[1], "head_dim": 8, "tie_word_embeddings": True,
+    }  # fmt: skip
+    text: Qwen3Config | Qwen3MoeConfig = Qwen3Config(**shape)
+    if experts:
+        text = Qwen3MoeConfig(
+            **shape, num_experts=experts, num_experts_per_tok=3, moe_intermediate_size=24, norm_topk_prob=True
+        )
     config = LongVilaConfig(tower=tower, projector="downsample_mlp", text_config=text, frame_token_id=FRAME)
-    return LongVilaModel(config).double().train()
+    model = LongVilaModel(config).double().train()
+    for name, parameter in model.named_parameters():
+        if name.endswith("mlp.gate.weight"):  # routers begin with zeros, by which all tokens have the same experts
+            torch.nn.init.normal_(parameter, std=0.5)
+    model.language_model.set_experts_implementation("eager")  # the default, a grouped product, takes no fp64
+    return model
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
-from transformers import Qwen3MoeConfig
 
 from longvila import apply
 from longvila.apply import apply_folds
@@ -14,7 +13,6 @@ from longvila.apply.experts import DispatchedExperts, _is_experts
 from longvila.bench import engines
 from longvila.config import MixtureConfig, ParallelConfig, ShardingConfig
 from longvila.errors import ConfigError
-from longvila.model.vlm import LongVilaConfig, LongVilaModel
 from longvila.parallel import experts
 from longvila.parallel.choose import make_plan
 from longvila.parallel.experts import Capacity, dispatch
@@ -35,21 +33,8 @@ DENSE = gradients.make_model
 
 
 def make_mixture(seed=0):
-    """The small vision-language model of `train.gradients` with a language model of 8 experts in each of 2 layers."""
-    vision = DENSE(seed).config.tower
-    torch.manual_seed(seed)
-    text = Qwen3MoeConfig(
-        vocab_size=64, hidden_size=48, intermediate_size=64, moe_intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=6, num_key_value_heads=3, head_dim=8, num_experts=8, num_experts_per_tok=3,
-        tie_word_embeddings=True, norm_topk_prob=True,
-    )  # fmt: skip
-    config = LongVilaConfig(tower=vision, projector="downsample_mlp", text_config=text, frame_token_id=gradients.FRAME)
-    model = LongVilaModel(config).double().train()
-    for name, parameter in model.named_parameters():
-        if name.endswith("mlp.gate.weight"):
-            torch.nn.init.normal_(parameter, std=0.5)
-    model.language_model.set_experts_implementation("eager")  # the default, a grouped product, takes no fp64
-    return model
+    """The small vision-language model of `train.gradients` with 8 experts in each of 2 layers."""
+    return DENSE(seed, experts=8)
 
 
 def with_mixture(function, *arguments):
