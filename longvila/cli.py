@@ -408,6 +408,17 @@ def train_(
 
 
 @functools.partial(verb, of=benches)
+def folding(
+    json_: Annotated[Path | None, typer.Option("--json", help="The file to write.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Half a minute: a mapping of four, a fault of three.")] = False,
+) -> None:
+    """Mappings of every axis: loss and gradients against one process, bytes, faults, resharding."""
+    from longvila.bench.folding import run
+
+    _report(run(quick, _print_table), json_)
+
+
+@functools.partial(verb, of=benches)
 def gpu(json_: Annotated[Path | None, typer.Option("--json", help="The file to write.")] = None) -> None:
     """One GPU: attention against dense, MFU of a layer and of whole steps, and what the plan costs."""
     from longvila.bench.gpu import run

@@ -161,8 +161,8 @@ class FSDP2Engine:
         optimizer = {"state": state["optimizer"], "param_groups": self._groups}
         set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=optimizer)
 
-    # Of matrices that lie packed behind one another (a gate and what it gates), a rank that has its part of each holds no
-    # contiguous piece, and torch's checkpoints know no other. They are saved as contiguous pieces.
+    # Of matrices that lie packed behind one another (a gate and what it gates), a rank that has its part of each holds
+    # no contiguous piece, and torch's checkpoints know no other. They are saved as contiguous pieces.
 
     def _contiguous(self, name: str, tensor: Tensor) -> Tensor:
         packed = self._placements_of(name)
