@@ -91,8 +91,8 @@ def cut_matrices(language_model: PreTrainedModel, mesh: DeviceMesh) -> list[list
     """
     decoder: Any = language_model.base_model
     plan = language_model.config.base_model_tp_plan or {}
-    styles = {name: style for name, module in decoder.named_modules() if isinstance(module, nn.Linear)
-              for pattern, style in plan.items() if fnmatch.fnmatchcase(name, pattern)}  # fmt: skip
+    styles = {name: style for name, _ in decoder.named_modules() if name.startswith("layers.")
+              for pattern, style in plan.items() if "wise" in style and fnmatch.fnmatchcase(name, pattern)}  # fmt: skip
     kind = type(language_model).__name__
     if not styles:
         raise ConfigError(f"parallel.tensor={mesh.size()}, but transformers has no plan to cut {kind}; use 1")
@@ -122,12 +122,16 @@ def _cut_layer(layer: nn.Module, styles: dict[str, str], config: Any, mesh: Devi
         by_parent.setdefault(name.rpartition(".")[0], []).append(name)
     for parent_name, names in by_parent.items():
         parent = layer.get_submodule(parent_name)
+        for name in names:
+            if type(linear := layer.get_submodule(name)) is not nn.Linear:
+                raise ConfigError(
+                    f"parallel.tensor={mesh.size()}: {name} is a {type(linear).__module__}.{type(linear).__name__}, "
+                    f"and only plain linear layers can be cut; use 1, or merge adapters first"
+                )
         _check_rest(parent, parent_name, [layer.get_submodule(name) for name in names], config)
         heads = hasattr(parent, "layer_idx")
         for name in names:
             linear: Any = layer.get_submodule(name)
-            if type(linear) is not nn.Linear:
-                raise ConfigError(f"parallel.tensor: {name} is a {type(linear).__name__}; only plain layers can be cut")
             if styles[name] == "rowwise":
                 _cut_rows(name, linear, mesh)
             elif heads and linear.out_features == config.num_key_value_heads * parent.head_dim:

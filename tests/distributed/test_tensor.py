@@ -2,6 +2,7 @@
 
 import functools
 
+import peft
 import pytest
 import torch
 import transformers
@@ -15,6 +16,7 @@ from longvila.parallel.fold import make_fold
 from longvila.parallel.launch import RankError, run_ranks
 from longvila.train import gradients
 from longvila.train.gradients import MIXED, TEXT, VIDEO, Case
+from longvila.train.step import forward_row
 
 from . import test_models
 from .test_training import check_steps
@@ -169,6 +171,35 @@ def a_norm_over_all_heads():
 def test_a_parameter_between_cut_matrices_without_a_rule_is_named():
     with pytest.raises(RankError, match=r"self_attn\.q_norm\.weight \(32,\) lies between matrices that are cut"):
         run_ranks(a_norm_over_all_heads, 2)
+
+
+def adapters_on_every_matrix():
+    model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SHAPE))
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"), model)
+    apply_folds(model, make_fold(ParallelConfig(tensor=2), "cpu"))
+
+
+def test_adapters_are_refused_by_name():
+    with pytest.raises(RankError, match=r"self_attn\.q_proj is a peft\.tuners\.lora\.layer\.Linear"):
+        run_ranks(adapters_on_every_matrix, 2)
+
+
+def train_projector(parallel):
+    """The first gradients of a run in which the language model and the tower are frozen."""
+    state = engines.make_state(parallel, trains=("projector",))
+    step = engines.make_step(state.fold, 0)
+    for row in step.rows:
+        state.engine.backward(forward_row(state, row) / step.num_targets, last=row is step.rows[-1])
+    return {name: gradient.clone() for name, gradient in state.engine.gradients()}
+
+
+def test_gradients_pass_through_cut_matrices_that_are_frozen():
+    _, expected, _ = run_ranks(with_model, 1, 0, engines.plain_steps, 1)[0]
+    found = run_ranks(with_model, 4, 0, train_projector, ParallelConfig(tensor=2))[0]
+    assert found
+    assert all(name.startswith("projector.") for name in found)
+    for name, gradient in found.items():
+        assert (gradient - expected[name]).abs().max() < 1e-11 * expected[name].abs().max()
 
 
 def a_parameter_left_out():
