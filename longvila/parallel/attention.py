@@ -21,7 +21,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -160,12 +160,8 @@ def _context_attention(
         out, lse = block_forward(q, k, v, block.kind, scale, block.cuts)
         return out.contiguous(), lse.contiguous()
     held: Held = {("keys", program.rank): (k, v), ("queries", program.rank): (q,)}
-    mine = _Answer(q)
-
-    def absorb(totals: tuple[Tensor, ...], parts: tuple[Tensor, ...]) -> None:
-        _merge(*totals, *parts)
-
-    answers = Returns(program, "queries", folded.fold.return_links, mine.tensors, absorb)
+    mine = _answer(q)
+    answers = Returns(program, "queries", folded.fold.return_links, mine.tensors, _merge)
     fetches = Fetches(program, folded.fold.links, held)
     for index in program.indices:
         fetches.move(index)
@@ -174,7 +170,7 @@ def _context_attention(
                 (queries,), (keys, values), answer = (q,), held["keys", step.owner], mine
             else:
                 (queries,), (keys, values) = held["queries", step.owner], (k, v)
-                answer = _Answer(queries)
+                answer = _answer(queries)
                 answers.open(step.owner, answer.tensors)
             with timed(f"ns step {index}"):
                 for task in step.launches:
@@ -182,9 +178,12 @@ def _context_attention(
                     block = block_forward(
                         queries[:, :, rows], keys[:, :, columns], values[:, :, columns], task.kind, scale, task.cuts
                     )
-                    answer.add(task.q, *block)
+                    answer.add(task.q, block)
+            if answer is not mine:
+                answer.close()
         answers.move(index)
     fetches.finish()
+    mine.close()
     answers.finish()
     out, lse = mine.tensors
     return out.to(q.dtype), lse
@@ -206,37 +205,41 @@ def _context_attention_backward(
         dq, dk, dv = block_backward(grad_out, q, k, v, out, lse, block.kind, scale, block.cuts)
         return dq.contiguous(), dk.contiguous(), dv.contiguous()
     held: Held = {("keys", program.rank): (k, v), ("queries", program.rank): (grad_out, q, out, lse)}
-    dq, dk, dv = (torch.zeros(x.shape, dtype=lse.dtype, device=x.device) for x in (q, k, v))
-
-    def absorb(totals: tuple[Tensor, ...], parts: tuple[Tensor, ...]) -> None:
-        for total, part in zip(totals, parts, strict=True):
-            total += part
-
-    key_returns = Returns(program, "keys", folded.fold.return_links, (dk, dv), absorb)
-    query_returns = Returns(program, "queries", folded.fold.return_links, (dq,), absorb)
+    my_queries, my_keys = _sums(lse.dtype, q), _sums(lse.dtype, k, v)
+    key_returns = Returns(program, "keys", folded.fold.return_links, my_keys.tensors, _add)
+    query_returns = Returns(program, "queries", folded.fold.return_links, my_queries.tensors, _add)
     fetches = Fetches(program, folded.fold.links, held)
     for index in program.indices:
         fetches.move(index)
         for step in program.steps_at(index):
             grads, queries, outs, lses = held["queries", program.rank if step.cargo == "keys" else step.owner]
             keys, values = held["keys", step.owner if step.cargo == "keys" else program.rank]
-            dqueries, dkeys, dvalues = dq, dk, dv
+            of_queries, of_keys = my_queries, my_keys
             if step.cargo == "queries":
-                (dqueries,) = query_returns.open(step.owner, (_zeros(queries, lse.dtype),))
+                of_queries = _sums(lse.dtype, queries)
+                query_returns.open(step.owner, of_queries.tensors)
             elif step.owner != program.rank:
-                dkeys, dvalues = key_returns.open(step.owner, (_zeros(keys, lse.dtype), _zeros(values, lse.dtype)))
+                of_keys = _sums(lse.dtype, keys, values)
+                key_returns.open(step.owner, of_keys.tensors)
             for task in step.launches:
                 rows, columns = slice(*task.q), slice(*task.k)
                 block = block_backward(
                     grads[:, :, rows], queries[:, :, rows], keys[:, :, columns], values[:, :, columns],
                     outs[:, :, rows], lses[:, :, rows], task.kind, scale, task.cuts,
                 )  # fmt: skip
-                absorb((dqueries[:, :, rows], dkeys[:, :, columns], dvalues[:, :, columns]), block)
+                of_queries.add(task.q, block[:1])
+                of_keys.add(task.k, block[1:])
+            for sums in (of_queries, of_keys):
+                if sums not in (my_queries, my_keys):
+                    sums.close()
         key_returns.move(index)
         query_returns.move(index)
     fetches.finish()
+    my_queries.close()
+    my_keys.close()
     key_returns.finish()
     query_returns.finish()
+    (dq,), (dk, dv) = my_queries.tensors, my_keys.tensors
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
@@ -261,37 +264,65 @@ def _backward(ctx, grad_out: Tensor, _grad_lse):
 _context_attention.register_autograd(_backward, setup_context=_setup)
 
 
-class _Answer:
-    """Output and log-sum-exp of queries, from the blocks of keys seen so far."""
+class _Totals:
+    """What parts over spans of tokens amount to. The first part of a span is copied rather than added, so that nothing
+    has to be blank before: on a CPU, blanking and adding cost a hundredth of attention itself."""
 
-    def __init__(self, q: Tensor) -> None:
-        exact = _exact(q.dtype)
-        lse = torch.full(q.shape[:3], -torch.inf, dtype=exact, device=q.device)
-        self.tensors = _zeros(q, exact), lse
+    def __init__(self, tensors: tuple[Tensor, ...], blanks: tuple[float, ...], absorb: Absorb) -> None:
+        """
+        Args:
+            tensors: (1, heads, tokens, ...) each, of any content.
+            blanks: of each, what no part at all amounts to.
+            absorb: takes parts into totals, in place.
+        """
+        self.tensors, self._blanks, self._absorb = tensors, blanks, absorb
         self._seen: list[Span] = []
 
-    def add(self, span: Span, block_out: Tensor, block_lse: Tensor) -> None:
-        """Takes in what the queries in `span` found in one block."""
-        out, lse = (x[:, :, slice(*span)] for x in self.tensors)
-        if self._see(span):
-            out.copy_(block_out)  # their first keys: nothing to weigh against, and passes over them saved
-            lse.copy_(block_lse)
+    def add(self, span: Span, parts: tuple[Tensor, ...]) -> None:
+        """Takes in the part of the tokens in `span`."""
+        gaps = self._see(span)
+        totals = tuple(x[:, :, slice(*span)] for x in self.tensors)
+        if gaps == [span]:
+            for total, part in zip(totals, parts, strict=True):
+                total.copy_(part)
         else:
-            _merge(out, lse, block_out, block_lse)
+            self._blank(gaps)
+            self._absorb(totals, parts)
 
-    def _see(self, span: Span) -> bool:
-        """Whether these queries see their first keys; from now on they have. `_seen` is ascending, without overlap."""
+    def close(self) -> None:
+        """Blanks what had no part."""
+        self._blank(self._see((0, self.tensors[0].shape[2])))
+
+    def _blank(self, gaps: list[Span]) -> None:
+        for span in gaps:
+            for total, blank in zip(self.tensors, self._blanks, strict=True):
+                total[:, :, slice(*span)] = blank
+
+    def _see(self, span: Span) -> list[Span]:
+        """What of `span` had no part yet; from now on it has. `_seen` is ascending, its spans apart."""
         begin = bisect_left(self._seen, span[0], key=lambda seen: seen[1])
         end = bisect_right(self._seen, span[1], key=lambda seen: seen[0])
         touched = self._seen[begin:end]
-        first = all(stop == span[0] or start == span[1] for start, stop in touched)
-        joined = (min([span[0], *(s for s, _ in touched)]), max([span[1], *(s for _, s in touched)]))
-        self._seen[begin:end] = [joined]
-        return first
+        edges = [span[0], *(edge for seen in touched for edge in seen), span[1]]
+        gaps = [(start, stop) for start, stop in zip(edges[::2], edges[1::2], strict=True) if start < stop]
+        self._seen[begin:end] = [(min(edges), max(edges))]
+        return gaps
 
 
-def _zeros(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(x.shape, dtype=dtype, device=x.device)
+Absorb = Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], None]
+
+
+def _answer(q: Tensor) -> _Totals:
+    """Output and log-sum-exp of queries."""
+    exact = _exact(q.dtype)
+    return _Totals(
+        (q.new_empty(q.shape, dtype=exact), q.new_empty(q.shape[:3], dtype=exact)), (0.0, -torch.inf), _merge
+    )
+
+
+def _sums(dtype: torch.dtype, *like: Tensor) -> _Totals:
+    """Gradients of tensors."""
+    return _Totals(tuple(x.new_empty(x.shape, dtype=dtype) for x in like), (0.0,) * len(like), _add)
 
 
 def _exact(dtype: torch.dtype) -> torch.dtype:
@@ -299,8 +330,14 @@ def _exact(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _merge(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
-    """Merges a partial softmax into `out`, `lse` in place: each side is weighted by exp(its lse - the joint lse)."""
+def _add(totals: tuple[Tensor, ...], parts: tuple[Tensor, ...]) -> None:
+    for total, part in zip(totals, parts, strict=True):
+        total += part
+
+
+def _merge(totals: tuple[Tensor, ...], parts: tuple[Tensor, ...]) -> None:
+    """Merges a partial softmax (out, lse), in place: each side is weighted by exp(its lse - the joint lse)."""
+    (out, lse), (block_out, block_lse) = totals, parts
     joint = torch.logaddexp(lse, block_lse)
     out.mul_((lse - joint).exp().unsqueeze(-1)).add_(block_out * (block_lse - joint).exp().unsqueeze(-1))
     lse.copy_(joint)

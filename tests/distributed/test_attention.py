@@ -21,7 +21,7 @@ from longvila.bench.exact import (
 from longvila.config import ParallelConfig
 from longvila.errors import ConfigError
 from longvila.parallel import attention, messages
-from longvila.parallel.attention import FoldedPlan, _Answer
+from longvila.parallel.attention import FoldedPlan, _add, _Totals
 from longvila.parallel.blocks import Mask
 from longvila.parallel.choose import LAYOUTS, make_plan
 from longvila.parallel.fold import make_fold
@@ -128,7 +128,7 @@ def _swap_two_chunks():
 
 def _lse_in_bf16():
     real = attention._merge
-    attention._merge = lambda out, lse, *block: (real(out, lse, *block), lse.copy_(lse.bfloat16()))
+    attention._merge = lambda totals, parts: (real(totals, parts), totals[1].copy_(totals[1].bfloat16()))
 
 
 def _wrong_scale_in_the_backward():
@@ -216,11 +216,15 @@ def test_heads_that_eight_ranks_do_not_divide():
     assert max(run_ranks(many_heads, 8)) < 1e-12
 
 
-def test_an_answer_knows_which_queries_see_their_first_keys():
+def test_totals_need_no_blank_memory_and_blank_what_had_no_part():
     random.seed(0)
     for _ in range(200):
-        answer, seen = _Answer(torch.zeros(1, 1, 40, 1)), set()
-        for _ in range(12):
+        expected = torch.zeros(1, 1, 40, 2)
+        totals = _Totals((torch.full_like(expected, torch.nan),), (0.0,), _add)
+        for _ in range(random.randint(1, 12)):
             start, stop = sorted(random.sample(range(41), 2))
-            assert answer._see((start, stop)) == seen.isdisjoint(range(start, stop))
-            seen.update(range(start, stop))
+            part = torch.randint(1, 9, (1, 1, stop - start, 2)).float()
+            totals.add((start, stop), (part,))
+            expected[:, :, start:stop] += part
+        totals.close()
+        assert torch.equal(totals.tensors[0], expected)
