@@ -65,6 +65,11 @@ def apply_folds(
             if hasattr(module, "layer_idx"):
                 setattr(module, NUMBER, module.layer_idx)
     if tile_tokens is not None:
+        if fold.num_tensor > 1:
+            raise ConfigError(
+                f"tile_tokens={tile_tokens} does not go with parallel.tensor={fold.num_tensor}, which leaves each rank "
+                f"a part of every MLP; leave tile_tokens out"
+            )
         tile_layers(blocks(language_model), tile_tokens)
     folded = fold.num_tensor > 1 or fold.experts is not None
     if folded and sharding not in (None, ShardingConfig()):

@@ -11,7 +11,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-from torch.distributed.tensor.placement_types import _StridedShard
 from transformers import PreTrainedModel
 
 from longvila.apply.attention import ATTENTION
@@ -20,6 +19,7 @@ from longvila.errors import ConfigError
 from longvila.parallel.balance import Routers, capacity_of
 from longvila.parallel.experts import Capacity, dispatch
 from longvila.parallel.fold import Fold
+from longvila.parallel.packed import packed
 
 BALANCED = ("mixtral", "qwen2_moe", "qwen3_moe")
 """Mixtures whose routers' probabilities are the softmax of their logits, as the losses of `parallel/balance.py` take
@@ -178,14 +178,14 @@ def _cut_of(name: str, parameter: nn.Parameter, kind: str, style: str | None, pa
             f"parallel.expert_tensor={parts}, but transformers' plan has no way to cut {name} of {kind} (it says "
             f"{style}); use 1"
         )
-    dim, packed = dims[style]
-    if (neurons := parameter.shape[dim] // packed) % parts:
+    dim, matrices = dims[style]
+    if (neurons := parameter.shape[dim] // matrices) % parts:
         raise ConfigError(
             f"{neurons} neurons of {name} of {kind} cannot be shared out evenly among parallel.expert_tensor={parts} "
             f"ranks; use a divisor of {neurons}"
         )
     # Gates lie before what they gate: each rank has its part of either.
-    return Shard(dim) if packed == 1 else _StridedShard(dim, split_factor=packed)
+    return Shard(dim) if matrices == 1 else packed(dim, matrices)
 
 
 def _routers_of(language_model: PreTrainedModel) -> list[nn.Module]:

@@ -14,7 +14,6 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor.placement_types import _StridedShard
 
 from longvila.apply.experts import DispatchedExperts
 from longvila.config import ShardingConfig
@@ -105,7 +104,7 @@ def _other_dim(copies: int, parameter: nn.Parameter) -> Shard:
     """The dimension by which ranks that hold the same part of a parameter shard it: not that of the parts, where it
     divides."""
     assert isinstance(parameter, DTensor)
-    cut = {placement.dim for placement in parameter.placements if isinstance(placement, (Shard, _StridedShard))}
+    cut = {getattr(placement, "dim", None) for placement in parameter.placements}
     free = [dim for dim in range(parameter.ndim) if dim not in cut]
     # Only the first dimension may be spread unevenly.
     return Shard(next((dim for dim in free if dim == 0 or parameter.shape[dim] % copies == 0), 0))

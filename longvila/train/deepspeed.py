@@ -28,7 +28,7 @@ from longvila.config import MixtureConfig, ShardingConfig, StageConfig
 from longvila.errors import ConfigError
 from longvila.model.vlm import LongVilaModel
 from longvila.parallel.fold import Fold
-from longvila.train.engine import whole
+from longvila.parallel.packed import whole
 from longvila.train.optimizer import make_optimizer, set_learning_rate
 
 log = logging.getLogger(__name__)

@@ -6,27 +6,26 @@ ranks; an engine that averages undoes it in its adapter, in one line.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
     get_model_state_dict,
     get_state_dict,
     set_state_dict,
 )
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-from torch.distributed.tensor.placement_types import _StridedShard
+from torch.distributed.tensor import DTensor
 
 from longvila.apply import apply_folds
 from longvila.config import StageConfig
 from longvila.model.vlm import LongVilaModel
 from longvila.parallel.balance import Routers
 from longvila.parallel.fold import Fold
+from longvila.parallel.packed import as_pieces, as_placed, whole
 from longvila.train.optimizer import make_optimizer, set_learning_rate
 
 
@@ -102,7 +101,6 @@ class FSDP2Engine:
             config.tile_tokens, config.mixture,
         )  # fmt: skip
         self.model = model
-        self._by_name = dict(model.named_parameters())
         self.optimizer = make_optimizer(model, config.optimizer)
         self._clip = config.optimizer.clip or float("inf")
         self._reduce_once = config.sharding.gradients == "none"
@@ -143,9 +141,13 @@ class FSDP2Engine:
             yield name, parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
     def weights(self) -> dict[str, Tensor]:
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights: Any = get_model_state_dict(self.model, options=options)
-        return weights if dist.get_rank() == 0 else {}
+        weights, state = {}, get_model_state_dict(self.model)
+        for name, tensor in state.items():
+            assert isinstance(tensor, Tensor)
+            gathered = whole(tensor)
+            if dist.get_rank() == 0:
+                weights[name] = gathered.cpu()
+        return weights
 
     def state(self) -> dict[str, Any]:
         fresh = not self.optimizer.state
@@ -154,44 +156,13 @@ class FSDP2Engine:
             for moments in self.optimizer.state.values():
                 moments["step"].zero_()
         self._groups = optimizer["param_groups"]
-        return _map_tensors({"model": model, "optimizer": optimizer["state"]}, self._contiguous)
+        return _map_tensors({"model": model, "optimizer": optimizer["state"]}, lambda _, tensor: as_pieces(tensor))
 
     def load_state(self, state: dict[str, Any]) -> None:
-        state = _map_tensors(state, self._packed)
+        parameters = dict(self.model.named_parameters())
+        state = _map_tensors(state, lambda name, tensor: as_placed(tensor, parameters.get(name, tensor)))
         optimizer = {"state": state["optimizer"], "param_groups": self._groups}
         set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=optimizer)
-
-    # Of matrices that lie packed behind one another (a gate and what it gates), a rank that has its part of each holds
-    # no contiguous piece, and torch's checkpoints know no other. They are saved as contiguous pieces.
-
-    def _contiguous(self, name: str, tensor: Tensor) -> Tensor:
-        packed = self._placements_of(name)
-        if not packed or tensor.ndim < 2:
-            return tensor
-        assert isinstance(tensor, DTensor)
-        pieces = [Shard(p.dim) if _is_packed(p, packed) else p for p in packed]
-        return distribute_tensor(tensor.full_tensor(), tensor.device_mesh, pieces, src_data_rank=None)
-
-    def _packed(self, name: str, tensor: Tensor) -> Tensor:
-        packed = self._placements_of(name)
-        if not packed or tensor.ndim < 2:
-            return tensor
-        assert isinstance(tensor, DTensor)
-        return distribute_tensor(tensor.full_tensor(), tensor.device_mesh, packed, src_data_rank=None)
-
-    def _placements_of(self, name: str) -> tuple[Any, ...]:
-        """Of a parameter that lies packed; else none."""
-        parameter = self._by_name.get(name)
-        placements = parameter.placements if isinstance(parameter, DTensor) else ()
-        return placements if any(_is_packed(each, placements) for each in placements) else ()
-
-
-def _is_packed(placement: Any, placements: Sequence[Any]) -> bool:
-    """Whether it spreads parts of one dimension side by side. (FSDP2 uses the same kind where it spreads further what
-    another axis has spread: that leaves contiguous pieces.)"""
-    return (
-        isinstance(placement, _StridedShard) and sum(getattr(p, "dim", None) == placement.dim for p in placements) == 1
-    )
 
 
 def _map_tensors(state: dict[str, Any], change: Callable[[str, Tensor], Tensor]) -> dict[str, Any]:
@@ -214,8 +185,3 @@ def _by_mesh(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
 def whole_shape(parameter: Tensor) -> torch.Size:
     """Also of a sharded parameter: DeepSpeed's ZeRO 3 leaves an empty tensor, and its shape beside it."""
     return getattr(parameter, "ds_shape", parameter.shape)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A DTensor gathered, collectively; any other tensor as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

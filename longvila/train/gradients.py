@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers import Qwen3Config, Qwen3MoeConfig
 
 from longvila.apply import apply_folds
@@ -24,6 +23,7 @@ from longvila.parallel.batch import frame_share, shard_row, shift_labels
 from longvila.parallel.choose import LAYOUTS
 from longvila.parallel.fold import make_fold
 from longvila.parallel.launch import run_ranks
+from longvila.parallel.packed import whole
 
 FRAME = 60
 BOUND = 1e-11
@@ -203,9 +203,7 @@ def folded(case: Case) -> dict[str, float]:
     loss = sum_over_world(output.loss_sum.item())[0] / total
     errors = {"loss": abs(loss - expected_loss) / expected_loss}
     for name, parameter in model.named_parameters():
-        gradient = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
-        if gradient is None:
-            gradient = torch.zeros_like(expected[name])
+        gradient = torch.zeros_like(expected[name]) if parameter.grad is None else whole(parameter.grad)
         errors[name] = ((gradient - expected[name]).abs().max() / expected[name].abs().max()).item()
     return errors
 

@@ -56,6 +56,10 @@ def with_mixture(function, *arguments):
     ids=str,
 )
 def test_language_models_of_transformers_have_the_gradients_of_one_process(name, parallel):
+    if parallel.expert_tensor > 1 and not any(
+        "experts" in key for key in test_models.MODELS[name]().base_model_tp_plan
+    ):
+        pytest.skip("this transformers has no plan to cut the experts of this model")
     found, counted = run_ranks(test_models.errors, parallel.sequence, name, parallel)[0]
     assert max(found.values()) < 1e-11, max(found, key=found.get)
     assert (counted["bytes experts"] > 0) == (parallel.experts > 1)

@@ -23,6 +23,7 @@ from longvila.parallel.blocks import Mask
 from longvila.parallel.choose import choose
 from longvila.parallel.fold import make_fold, start_world
 from longvila.parallel.launch import RankError, run_ranks
+from longvila.parallel.packed import whole
 from longvila.parallel.replay import Shape
 from longvila.parallel.traffic import counting
 
@@ -102,8 +103,7 @@ def errors(name, parallel, recompute="none", keeps=None):
     assert abs(out.loss.item() - loss.item()) < 1e-5
     found = {"loss": abs(sum_over_world(loss.item())[0] - expected_loss) / expected_loss}
     for key, parameter in model.named_parameters():
-        whole = parameter.grad.full_tensor()
-        found[key] = ((whole - expected[key]).abs().max() / expected[key].abs().max()).item()
+        found[key] = ((whole(parameter.grad) - expected[key]).abs().max() / expected[key].abs().max()).item()
     return found, counter
 
 

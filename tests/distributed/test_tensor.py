@@ -94,15 +94,14 @@ def test_layers_are_right_when_they_are_computed_again(policy):
     assert max(found.values()) < 1e-11, max(found, key=found.get)
 
 
-def tiled_errors(parallel):
-    apply = test_models.apply_folds
-    test_models.apply_folds = functools.partial(apply, tile_tokens=7)
-    return test_models.errors("llama", parallel, "save_attention")
+def tiled():
+    model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**test_models.SHAPE))
+    apply_folds(model, make_fold(ParallelConfig(tensor=2), "cpu"), tile_tokens=7)
 
 
-def test_mlps_take_the_tokens_of_the_group_a_tile_at_a_time():
-    found, _ = run_ranks(tiled_errors, 4, ParallelConfig(tensor=2, inner=2))[0]
-    assert max(found.values()) < 1e-11, max(found, key=found.get)
+def test_tiles_are_refused_by_name():
+    with pytest.raises(RankError, match=r"tile_tokens=7 does not go with parallel\.tensor=2"):
+        run_ranks(tiled, 2)
 
 
 def count_a_layer(parallel):

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import torch
 
+from longvila.parallel.packed import whole
 from longvila.shards.bad import BadSamples
 from longvila.train.gradients import FRAME
 
@@ -25,4 +26,4 @@ class RowList:
 
 
 def whole_weights(model) -> dict[str, torch.Tensor]:
-    return {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach() for n, p in model.named_parameters()}
+    return {n: whole(p).detach() for n, p in model.named_parameters()}
