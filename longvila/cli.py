@@ -437,7 +437,7 @@ def folds(
 ) -> None:
     """The groups that ranks form under a choice of `parallel.*`, and which of them span nodes. Starts no process."""
     from longvila.config import ParallelConfig, override
-    from longvila.parallel.fold import fold_groups
+    from longvila.parallel.fold import fold_groups, share_between_nodes
 
     groups = fold_groups(functools.reduce(override, set_, ParallelConfig()), world)
     rows = [
@@ -453,10 +453,11 @@ def folds(
     _print_table("folds", rows, f"{world} ranks in nodes of {node}")
     spanning = next((row["span nodes"] for row in rows if row["group"] == "experts"), 0)
     if spanning:
+        away = share_between_nodes(groups["experts"], node)
         output.print(
             f"[bold yellow]warning[/] {spanning} of {len(groups['experts'])} groups that share experts span nodes: "
-            f"tokens go to their experts over the links between nodes, in every layer and both ways; experts <= {node} "
-            f"avoids it"
+            f"routed evenly, {away:.0%} of what goes to experts leaves its node, in every layer and both ways; experts "
+            f"x expert_tensor <= {node} avoids it"
         )
 
 

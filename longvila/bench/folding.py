@@ -25,7 +25,7 @@ from longvila.model.vlm import LongVilaModel
 from longvila.parallel.balance import capacity_of
 from longvila.parallel.choose import make_plan
 from longvila.parallel.experts import Capacity
-from longvila.parallel.fold import fold_groups
+from longvila.parallel.fold import fold_groups, share_between_nodes
 from longvila.parallel.launch import run_ranks
 from longvila.parallel.traffic import counting
 from longvila.shards.order import Cursor
@@ -388,19 +388,13 @@ def cross_node_bytes(node: int = 8) -> Rows:
     for each in PUBLISHED:
         folded = fold_groups(ParallelConfig(experts=each.folded_experts), each.ranks)["experts"]
         unfolded = fold_groups(ParallelConfig(experts=each.unfolded_experts, expert_tensor=each.tensor), 64)["experts"]
-        shares = [_away(groups, node) for groups in (unfolded, folded)]
+        shares = [share_between_nodes(groups, node) for groups in (unfolded, folded)]
         bytes_ = [4 * each.top_k * each.width * 2 * share for share in shares]
         rows.append({
             "model": each.model, "tensor": each.tensor, "experts_unfolded": each.unfolded_experts,
             "experts_folded": each.folded_experts, "kib_unfolded": bytes_[0] / 1024, "kib_folded": bytes_[1] / 1024,
         })  # fmt: skip
     return rows
-
-
-def _away(groups: Sequence[Sequence[int]], node: int) -> float:
-    """Of what ranks send to all ranks of their group alike, the share that goes to other nodes."""
-    pairs = [(a // node, b // node) for group in groups for a in group for b in group]
-    return sum(a != b for a, b in pairs) / len(pairs)
 
 
 def _error(found: Tensor, expected: Tensor) -> float:

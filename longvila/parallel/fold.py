@@ -195,6 +195,16 @@ def fold_groups(parallel: ParallelConfig, world: int) -> Groups:
     return groups
 
 
+def share_between_nodes(groups: list[list[int]], node: int) -> float:
+    """Of what each rank sends to all ranks of its group alike, itself among them, the share that leaves its node.
+
+    Args:
+        node: ranks of a node.
+    """
+    pairs = [(a // node, b // node) for group in groups for a in group for b in group]
+    return sum(a != b for a, b in pairs) / len(pairs)
+
+
 def make_fold(parallel: ParallelConfig, device_type: str) -> Fold:
     """Builds the mesh and this rank's groups. Collective: every rank of the world calls it.
 

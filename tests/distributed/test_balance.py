@@ -15,6 +15,7 @@ from longvila.parallel.balance import router_loss
 from longvila.parallel.batch import shard_batch
 from longvila.parallel.fold import make_fold
 from longvila.parallel.launch import RankError, run_ranks
+from longvila.parallel.packed import whole
 from longvila.shards.order import Cursor
 from longvila.train import gradients
 from longvila.train.checkpoint import Checkpoints, Position
@@ -93,9 +94,9 @@ def errors(name, parallel, mixture, recompute):
     total = int((labels != -100).sum())
     loss = F.cross_entropy(out.logits[0], batch["labels"][0], ignore_index=-100, reduction="sum") / total
     loss.backward()
-    whole = loss.detach().clone()
-    dist.all_reduce(whole)
-    found = {"loss": abs(whole.item() - expected_loss)}
+    of_all = loss.detach().clone()
+    dist.all_reduce(of_all)
+    found = {"loss": abs(of_all.item() - expected_loss)}
     for key, parameter in model.named_parameters():
         difference = (whole(parameter.grad) - expected[key]).abs().max()
         found[key] = (difference / expected[key].abs().max()).item()
