@@ -65,18 +65,17 @@ def apply_folds(
             if hasattr(module, "layer_idx"):
                 setattr(module, NUMBER, module.layer_idx)
     if tile_tokens is not None:
-        if fold.num_tensor > 1:
+        if fold.tensor is not None:
             raise ConfigError(
                 f"tile_tokens={tile_tokens} does not go with parallel.tensor={fold.num_tensor}, which leaves each rank "
                 f"a part of every MLP; leave tile_tokens out"
             )
         tile_layers(blocks(language_model), tile_tokens)
-    folded = fold.num_tensor > 1 or fold.experts is not None
-    if folded and sharding not in (None, ShardingConfig()):
+    if (fold.tensor is not None or fold.experts is not None) and sharding not in (None, ShardingConfig()):
         raise ConfigError(
             "parallel.tensor and parallel.experts above 1 go with sharding over all ranks alone; leave sharding.* out"
         )
-    cut = cut_matrices(language_model, fold.tensor["tensor"]) if fold.num_tensor > 1 else []
+    cut = cut_matrices(language_model, fold.tensor["tensor"]) if fold.tensor is not None else []
     routers = set_up_experts(language_model, fold, mixture or MixtureConfig())
     if recompute != "none":
         # transformers 5.24 renamed it; earlier ones have the old name alone.

@@ -26,7 +26,7 @@ BALANCED = ("mixtral", "qwen2_moe", "qwen3_moe")
 them, and whose gradients with those losses were compared with one process's."""
 
 
-try:  # transformers has had its registry of expert parallelism since 5.18
+try:  # transformers 5.17 has no registry of expert parallelism
     from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
 except ImportError:
     pass
@@ -98,8 +98,8 @@ def set_up_experts(language_model: PreTrainedModel, fold: Fold, mixture: Mixture
             for that this model has not.
     """
     capacity = capacity_of(mixture)
-    blocks = [module for module in language_model.modules() if any(map(_is_experts, module.children()))]
-    found: list[Any] = [child for block in blocks for child in block.children() if _is_experts(child)]
+    blocks = [module for module in language_model.modules() if any(map(is_experts, module.children()))]
+    found: list[Any] = [child for block in blocks for child in block.children() if is_experts(child)]
     kind, mesh = type(language_model).__name__, fold.experts
     asked = {
         "parallel.experts": mesh is not None,
@@ -148,7 +148,7 @@ def _styles_of(language_model: PreTrainedModel, experts: nn.Module) -> dict[str,
 
 
 def _share_out(module: Any, mesh: DeviceMesh, styles: dict[str, str]) -> None:
-    """Args: styles: of each parameter, how its matrices are cut; empty where they are not."""
+    """Leaves this rank its experts, or its parts of them: `styles` says of each parameter how matrices are cut."""
     _, ranks, parts = mesh.shape
     if module.num_experts % ranks:
         raise ConfigError(
@@ -202,7 +202,8 @@ def _check_losses(language_model: PreTrainedModel, routers: list[nn.Module], mix
         )
 
 
-def _is_experts(module: nn.Module) -> bool:
+def is_experts(module: nn.Module) -> bool:
+    """Whether a module is the experts of a mixture, as `set_up_experts` describes them."""
     total, parameters = getattr(module, "num_experts", None), list(module.parameters())
     if not parameters or parameters[0].ndim != 3 or any(p.shape[0] != total for p in parameters):
         return False

@@ -58,8 +58,9 @@ def shard_parameters(
         for module in model.modules():
             if isinstance(module, DispatchedExperts):
                 shard_copies(module, fold.experts["copies"])
-    for linears in cut:
-        shard_copies(list(linears), fold.tensor["copies"])
+    if fold.tensor is not None:
+        for linears in cut:
+            shard_copies(list(linears), fold.tensor["copies"])
     for block in blocks(model):
         shard(block)
     # The matrices of words are large and of no use to the backward of a look-up: gathered for the forward alone.

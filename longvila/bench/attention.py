@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from longvila.bench import balance, exact, kept, peers, steps, volume
-from longvila.bench.bars import at_most
+from longvila.bench.bars import at_most, sections
 from longvila.config import LayoutName
 from longvila.parallel.blocks import Mask
 from longvila.parallel.choose import LAYOUTS
@@ -37,10 +37,7 @@ def run(quick: bool, show: Callable[[str, Rows, str], None]) -> dict[str, Any]:
     """
     figures: dict[str, Any] = {"quick": quick}
 
-    def section(name: str, rows: Rows, note: str = "") -> Rows:
-        figures[name] = rows
-        show(name, rows, note)
-        return rows
+    section = sections(figures, show)
 
     masks = [Mask(), Mask(window=8)] if quick else [Mask(), Mask(window=1), Mask(window=8), Mask(causal=False)]
     heads = exact.HEADS[1:3] if quick else exact.HEADS

@@ -22,7 +22,7 @@ from unittest import mock
 import torch
 
 from longvila.bench import balance, damage, loaders
-from longvila.bench.bars import at_least, at_most
+from longvila.bench.bars import at_least, at_most, sections
 from longvila.bench.films import SENTENCE, film_sample, make_film, text_samples, write_films, write_pictures
 from longvila.config import DataConfig, FrameSampling, SourceConfig
 from longvila.media import decode, decode_frames, decode_image
@@ -51,10 +51,7 @@ def run(quick: bool, show: Callable[[str, Rows, str], None]) -> dict[str, Any]:
     """
     figures: dict[str, Any] = {"quick": quick}
 
-    def section(name: str, rows: Rows, note: str = "") -> Rows:
-        figures[name] = rows
-        show(name, rows, note)
-        return rows
+    section = sections(figures, show)
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary, _own_cache(Path(temporary) / "cache"):

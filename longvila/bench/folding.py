@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longvila.apply.experts import _is_experts
+from longvila.apply.experts import is_experts
 from longvila.bench import engines
-from longvila.bench.bars import at_least, at_most
+from longvila.bench.bars import at_least, at_most, sections
 from longvila.bench.gradient_faults import FAULTS
 from longvila.config import MixtureConfig, ParallelConfig
 from longvila.model.vlm import LongVilaModel
@@ -109,10 +109,7 @@ def run(quick: bool, show: Callable[[str, Rows, str], None]) -> dict[str, Any]:
     """
     figures: dict[str, Any] = {"quick": quick}
 
-    def section(name: str, rows: Rows, note: str = "") -> Rows:
-        figures[name] = rows
-        show(name, rows, note)
-        return rows
+    section = sections(figures, show)
 
     chosen = MAPPINGS[::4] if quick else MAPPINGS
     faults = FAULTS[::3] if quick else FAULTS
@@ -213,7 +210,7 @@ def _dropping(mapping: Mapping, capacity: Capacity) -> LongVilaModel:
 
     model.language_model.register_forward_pre_hook(begin)
     for module in model.modules():
-        if _is_experts(module):
+        if is_experts(module):
             module.register_forward_pre_hook(drop)
     return model
 
@@ -276,7 +273,7 @@ def _formula(mapping: Mapping) -> Counter[str]:
     model = mapping.build() if mixture is None else _dropping(mapping, mixture)
     chosen: list[tuple[Tensor, Tensor]] = []
     for module in model.modules():
-        if _is_experts(module):
+        if is_experts(module):
             module.register_forward_pre_hook(lambda _, inputs: chosen.append((inputs[1], inputs[2])), prepend=True)
     layers = len(model.language_model.base_model.layers)
     groups = fold_groups(p, mapping.world)

@@ -19,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from longvila.bench.bars import at_most
+from longvila.bench.bars import at_most, sections
 from longvila.bench.ours import RATE, TOWER, wrap
 from longvila.config import ModelConfig, OptimizerConfig, ParallelConfig, StageConfig
 from longvila.errors import ConfigError
@@ -104,10 +104,7 @@ def run(show: Callable[[str, Rows, str], None]) -> dict[str, Any]:
         "kernels": "FlashAttention 4" if flash_attention_4() else "FlashAttention 2",
     }
 
-    def section(name: str, rows: Rows, note: str) -> Rows:
-        figures[name] = rows
-        show(name, rows, note)
-        return rows
+    section = sections(figures, show)
 
     note = "largest error in bf16 against fp64, by that of dense attention in bf16"
     exact = section("exact", [_exact(device, *row) for row in EXACT_ROWS], note)

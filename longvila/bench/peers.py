@@ -7,8 +7,7 @@ kernel for CPUs, and are given position ids that restart in each document.
 - Exactness: loss and gradients against fp64 on one process, documents one at a time.
 - Time: CPU time of a forward and backward pass, summed over processes, the least of several. Cutting the row is left
   out, and summing gradients over ranks. A process that has the machine to itself runs faster than two that share its
-  caches and memory, so Hugging Face runs both ways, alone and as two processes with a copy of the row each; the bar
-  compares two processes with two.
+  caches and memory, so Hugging Face runs both ways, alone and as two processes with a copy of the row each.
 - Memory: the most that torch's allocator held at one time beyond weights and row, as its profiler records it: tensors,
   and buffers inside of kernels and exchanges. Of ranks, the largest.
 """
@@ -120,7 +119,7 @@ def compare(quick: bool = False) -> list[dict[str, Any]]:
 
 
 def time_ratio(rows: Sequence[dict[str, Any]]) -> float | None:
-    """CPU time of the best fold over that of the best exact peer of two processes: the largest over the kinds of rows.
+    """CPU time of the best fold over that of the best exact peer: the largest over the kinds of rows.
 
     Args:
         rows: what `compare` returned.
@@ -132,8 +131,7 @@ def time_ratio(rows: Sequence[dict[str, Any]]) -> float | None:
     for kind in {row["row"] for row in rows}:
         ran = [row for row in rows if row["row"] == kind and row["ran"]]
         folds = [row["cpu_us_per_token"] for row in ran if row["contender"] in FOLDS]
-        others = [row for row in ran if row["contender"] not in (*FOLDS, HUGGING_FACE)]
-        peers = [row for row in others if row["gradient_error"] <= EXACT]
+        peers = [row for row in ran if row["contender"] not in FOLDS and row["gradient_error"] <= EXACT]
         if not folds or not peers:
             return None
         ratios.append(min(folds) / min(row["cpu_us_per_token"] for row in peers))

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from longvila.bench import engines
-from longvila.bench.bars import at_least, at_most
+from longvila.bench.bars import at_least, at_most, sections
 from longvila.bench.cell import GIB, Cell, Limits, Result, TextModel, run_cell
 from longvila.bench.longest import find_longest
 
@@ -55,10 +55,7 @@ def run(quick: bool, budget: float, show: Show) -> dict[str, Any]:
     """
     figures: dict[str, Any] = {"quick": quick}
 
-    def section(name: str, rows: Rows, note: str) -> Rows:
-        figures[name] = rows
-        show(name, rows, note)
-        return rows
+    section = sections(figures, show)
 
     note = "the same steps as a textbook's on one process; the worst step or parameter, weights by the sum of the rates"
     engine_rows = section("engines", engines.measure(quick), note)

@@ -52,9 +52,9 @@ class Fold:
     """The same ranks; gradients and helpers' answers travel here, so that the two kinds of traffic never mix."""
     heads: dist.ProcessGroup
     """Ranks that share this rank's attention tokens."""
-    tensor: DeviceMesh
+    tensor: DeviceMesh | None
     """Axes `copies` and `tensor`: ranks along the second share out matrices, ranks along the first hold the same part.
-    Of size 1 where nothing is shared out."""
+    None where no matrix is shared out."""
     inner: int
     outer: int
     placement: PlacementName
@@ -90,7 +90,7 @@ class Fold:
     @property
     def num_tensor(self) -> int:
         """Size of the tensor axis."""
-        return self.tensor.size(1)
+        return 1 if self.tensor is None else self.tensor.size(1)
 
     @property
     def piece(self) -> int:
@@ -223,6 +223,9 @@ def make_fold(parallel: ParallelConfig, device_type: str) -> Fold:
     if (shared := parallel.experts * parallel.expert_tensor) > 1:
         sizes = (world // shared, parallel.experts, parallel.expert_tensor)
         experts = _make_mesh(device_type, dict(zip(EXPERT_AXES, sizes, strict=True)))
+    tensor = None
+    if parallel.tensor > 1:
+        tensor = _make_mesh(device_type, {"copies": world // parallel.tensor, "tensor": parallel.tensor})
     return Fold(
         mesh=mesh,
         sequence=_my_group(groups["sequence"]),
@@ -231,7 +234,7 @@ def make_fold(parallel: ParallelConfig, device_type: str) -> Fold:
         experts=experts,
         return_links=Links(inner_returns, returns),
         heads=mesh.get_group("head"),
-        tensor=_make_mesh(device_type, {"copies": world // parallel.tensor, "tensor": parallel.tensor}),
+        tensor=tensor,
         inner=parallel.inner,
         outer=parallel.outer,
         placement=parallel.placement,

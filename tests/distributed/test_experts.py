@@ -8,7 +8,7 @@ from torch.distributed.tensor import DTensor
 
 from longvila.apply import apply_folds
 from longvila.apply import experts as mixtures
-from longvila.apply.experts import _is_experts
+from longvila.apply.experts import is_experts
 from longvila.bench import engines
 from longvila.bench.folding import kept_of
 from longvila.config import MixtureConfig, ParallelConfig, ShardingConfig
@@ -245,7 +245,7 @@ def errors_with_capacity(name, parallel, mixture):
 
     plain, make = test_models.make(name), test_models.make
     for module in plain.modules():
-        if _is_experts(module):
+        if is_experts(module):
             module.register_forward_pre_hook(drop)
     expected_loss, expected = test_models.reference(plain)
     routers = []
@@ -286,7 +286,7 @@ def by_transformers(tp):
         plain(ids, use_cache=False).logits.square().sum().backward()
     plan = {}
     for name, module in model.named_modules():
-        if _is_experts(module):
+        if is_experts(module):
             plan |= {f"{name}.{parameter}": "grouped_gemm" for parameter in module._parameters}
             plan[name] = "ep_dispatch_experts"
     mesh = init_device_mesh("cpu", (2,))
@@ -328,7 +328,7 @@ def with_biased_experts():
     """Experts with a parameter of which transformers' plan says nothing."""
     model = make_mixture()
     for module in model.modules():
-        if _is_experts(module):
+        if is_experts(module):
             module.down_bias = torch.nn.Parameter(torch.zeros(8, 48, 1))
     return model
 

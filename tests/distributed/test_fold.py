@@ -43,7 +43,7 @@ def made_groups(parallel):
     fold = make_fold(parallel, "cpu")
     groups = {
         "sequence": fold.sequence, "data": fold.mesh.get_group("data"), "heads": fold.heads, "context": fold.context,
-        "ring": fold.links.inner, "tensor": fold.tensor.get_group("tensor"),
+        "ring": fold.links.inner, "tensor": fold.mesh.get_group("tensor"),
     }  # fmt: skip
     if fold.experts is not None:
         groups |= {name: fold.experts.get_group(name) for name in EXPERT_AXES}
