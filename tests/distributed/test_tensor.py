@@ -66,9 +66,10 @@ def test_language_models_of_transformers_have_the_gradients_of_one_process(name,
 
 @pytest.mark.parametrize("parallel", [ParallelConfig(tensor=2), ParallelConfig(tensor=4, inner=2)], ids=str)
 def test_biases_are_added_once_and_have_whole_gradients(parallel):
-    found, _ = run_ranks(biased_errors, parallel.sequence, parallel)[0]
-    assert sum(name.endswith("bias") for name in found) == 21
-    assert max(found.values()) < 1e-11, max(found, key=found.get)
+    # On every rank: of a bias that all ranks of a group hold, one alone might have the right gradient.
+    for found, _ in run_ranks(biased_errors, parallel.sequence, parallel):
+        assert sum(name.endswith("bias") for name in found) == 21
+        assert max(found.values()) < 1e-11, max(found, key=found.get)
 
 
 def with_model(experts, function, *arguments):
