@@ -19,6 +19,7 @@ LayoutName = Literal["contiguous", "zigzag", "document_zigzag", "lightseq", "joi
 RoutingName = Literal["direct", "relay"]
 RecomputeName = Literal["none", "all", "save_attention", "offload_attention"]
 PlacementName = Literal["head_first", "context_first"]
+ScheduleName = Literal["1f1b", "zero_bubble"]
 ScopeName = Literal["world", "node", "none"]
 EngineName = Literal["fsdp2", "zero1", "zero2", "zero3"]
 PARTS = ("vision", "projector", "language_model")
@@ -162,6 +163,16 @@ class ParallelConfig:
     tensor: int = 1
     """Neighbouring ranks that share out the matrices of attention and MLPs (Megatron's tensor parallelism). Outside of
     these each has its own tokens, and a row is split over them too."""
+    pipeline: int = 1
+    """Stages of ranks, far apart, that share out the layers of the language model, the tower and the projector lying
+    with the first. All that is said above is of the ranks of one stage. A step's rows follow one another through the
+    stages, which keep weights gathered and gradients whole until the last row is through. Engine `fsdp2` alone."""
+    chunks: int = 1
+    """Stretches of layers that each rank of a pipeline holds; with more, the pipeline is interleaved: it fills faster
+    and sends more."""
+    schedule: ScheduleName = "1f1b"
+    """Of a pipeline: one forward, one backward (interleaved with more than one chunk), or `zero_bubble`, which does the
+    gradients of weights apart from those of what layers take in, when there is nothing better to do."""
 
     @property
     def sequence(self) -> int:

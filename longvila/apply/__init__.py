@@ -1,5 +1,6 @@
 """Applies the folds to a model: the one place that knows both. The order matters and is the order of this file.
 
+0. pipeline: each rank keeps the layers of its stage, as what all the rest is done to (`parallel/pipeline.py`);
 1. attention: the language model's layers call `folded_attention`, plugged in by name through transformers' registries;
 2. tiles: the layers' token-wise modules take a tile of tokens at a time (`model/tile.py`);
 3. tensor: each rank keeps its part of the matrices of attention and MLPs (`parallel/tensor.py`);
@@ -14,21 +15,35 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import NamedTuple, cast
 
+import torch
 from transformers import PreTrainedModel
 
 from longvila.apply.attention import ATTENTION, NUMBER, attention_of
 from longvila.apply.experts import set_up_experts
 from longvila.apply.parameters import blocks, shard_parameters
+from longvila.apply.pipeline import keep_own_layers, make_chunks
 from longvila.apply.tensor import cut_matrices
-from longvila.config import MixtureConfig, RecomputeName, ShardingConfig
+from longvila.config import MixtureConfig, ParallelConfig, RecomputeName, ShardingConfig
 from longvila.errors import ConfigError
 from longvila.model.tile import tile_layers
+from longvila.model.vlm import LongVilaModel
 from longvila.parallel.balance import Routers
 from longvila.parallel.fold import Fold
+from longvila.parallel.pipeline import Pipeline
 from longvila.parallel.recompute import checkpoint_arguments
 
-__all__ = ["apply_folds", "attention_of", "blocks"]
+__all__ = ["Applied", "apply_folds", "attention_of", "blocks"]
+
+
+class Applied(NamedTuple):
+    """What has a say while a model runs under its folds."""
+
+    routers: Routers | None
+    """Of a mixture: they count what they choose."""
+    pipeline: Pipeline | None
+    """What runs the model, whose own forward lacks the layers of other stages."""
 
 
 def apply_folds(
@@ -40,7 +55,8 @@ def apply_folds(
     sharding: ShardingConfig | None = ShardingConfig(),
     tile_tokens: int | None = None,
     mixture: MixtureConfig | None = None,
-) -> Routers | None:
+    parallel: ParallelConfig | None = None,
+) -> Applied:
     """Makes `model` (a LongVilaModel, or a causal language model of transformers) run under `fold`, in place.
 
     Args:
@@ -50,13 +66,19 @@ def apply_folds(
         sharding: FSDP2 over all ranks, or as it says. None leaves parameters whole and gradients to the caller.
         tile_tokens: tokens that the MLPs and norms of language-model layers take at a time; None means all.
         mixture: of a mixture of experts, losses and biases of its routers, and capacity of its experts.
-
-    Returns:
-        The routers of a mixture, which count what they choose.
+        parallel: of a pipeline, how rows go through it; the rest of it is in `fold`.
 
     Raises:
         ConfigError: for what cannot be done exactly with this model, by name.
     """
+    parallel = parallel or ParallelConfig()
+    stages, zero_bubble = fold.num_stages, parallel.schedule == "zero_bubble"
+    if zero_bubble and recompute != "none":
+        raise ConfigError(
+            f"parallel.schedule=zero_bubble goes through a layer's backward twice and would compute it again twice "
+            f"(recompute={recompute}); use recompute=none, or the schedule 1f1b"
+        )
+    layers = keep_own_layers(cast(LongVilaModel, model), fold, parallel.chunks) if stages > 1 else []
     language_model = getattr(model, "language_model", model)
     language_model.set_attn_implementation(ATTENTION)
     if recompute_keeps is not None:
@@ -71,9 +93,11 @@ def apply_folds(
                 f"a part of every MLP; leave tile_tokens out"
             )
         tile_layers(blocks(language_model), tile_tokens)
-    if (fold.tensor is not None or fold.experts is not None) and sharding not in (None, ShardingConfig()):
+    spread = fold.tensor is not None or fold.experts is not None or stages > 1
+    if spread and sharding not in (None, ShardingConfig()):
         raise ConfigError(
-            "parallel.tensor and parallel.experts above 1 go with sharding over all ranks alone; leave sharding.* out"
+            "parallel.tensor, parallel.experts and parallel.pipeline above 1 go with sharding over all ranks alone; "
+            "leave sharding.* out"
         )
     cut = cut_matrices(language_model, fold.tensor["tensor"]) if fold.tensor is not None else []
     routers = set_up_experts(language_model, fold, mixture or MixtureConfig())
@@ -82,6 +106,10 @@ def apply_folds(
         new_name = getattr(language_model, "activation_checkpointing_enable", None)
         enable = new_name or language_model.gradient_checkpointing_enable
         enable(checkpoint_arguments(recompute, recompute_keeps))
+    chunks = make_chunks(cast(LongVilaModel, model), fold, layers, twice=zero_bubble) if layers else []
     if sharding is not None:
-        shard_parameters(model, fold, precision, sharding, cut)
-    return routers
+        shard_parameters(model, fold, precision, sharding, cut, chunks)
+    if not chunks:
+        return Applied(routers, None)
+    dtype = torch.bfloat16 if precision == "bf16" else model.dtype
+    return Applied(routers, Pipeline(chunks, parallel, fold, language_model.config.hidden_size, dtype))

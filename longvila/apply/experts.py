@@ -118,12 +118,14 @@ def set_up_experts(language_model: PreTrainedModel, fold: Fold, mixture: Mixture
                 f"layers of {kind} have {total} and {module.num_experts} experts; only equal ones are known"
             )
         if mesh is not None:
-            _share_out(module, mesh, _styles_of(language_model, module) if mesh.size(2) > 1 else {})
+            _share_out(module, mesh, _styles_of(language_model, module) if mesh["expert_tensor"].size() > 1 else {})
         if mesh is not None or capacity is not None:
             own = type(module)
             module.__class__ = type(f"Dispatched{own.__name__}", (DispatchedExperts, own), {})
             module.ranks = mesh.get_group("experts") if mesh is not None else None
-            module.tensor_ranks = mesh.get_group("expert_tensor") if mesh is not None and mesh.size(2) > 1 else None
+            module.tensor_ranks = None
+            if mesh is not None and mesh["expert_tensor"].size() > 1:
+                module.tensor_ranks = mesh.get_group("expert_tensor")
             module.capacity = capacity
     biases = [buffer for block in blocks for name, buffer in block.named_buffers() if name.endswith(BIAS)]
     if mixture.bias and len(biases) != len(found):
@@ -131,12 +133,11 @@ def set_up_experts(language_model: PreTrainedModel, fold: Fold, mixture: Mixture
             f"mixture.bias={mixture.bias:g}, but the routers of {kind} have no bias ({BIAS}): the model that is "
             f"exported would choose other experts than the one trained; use mixture.balance"
         )
-    group = fold.sequence if mixture.over == "sequence" else dist.group.WORLD
-    assert group is not None
+    group = fold.sequence if mixture.over == "sequence" else fold.stage
     routers = _routers_of(language_model)
     _check_losses(language_model, routers, mixture)
     with_losses = routers if mixture.balance or mixture.z else []
-    return Routers(found, total, with_losses, biases if mixture.bias else [], mixture, group)
+    return Routers(found, total, with_losses, biases if mixture.bias else [], mixture, group, fold)
 
 
 def _styles_of(language_model: PreTrainedModel, experts: nn.Module) -> dict[str, str]:
@@ -149,7 +150,7 @@ def _styles_of(language_model: PreTrainedModel, experts: nn.Module) -> dict[str,
 
 def _share_out(module: Any, mesh: DeviceMesh, styles: dict[str, str]) -> None:
     """Leaves this rank its experts, or its parts of them: `styles` says of each parameter how matrices are cut."""
-    _, ranks, parts = mesh.shape
+    *_, ranks, parts = mesh.shape
     if module.num_experts % ranks:
         raise ConfigError(
             f"{module.num_experts} experts of {type(module).__name__} cannot be shared out evenly among parallel."

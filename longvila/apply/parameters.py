@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from longvila.apply.experts import DispatchedExperts
+from longvila.apply.pipeline import Elsewhere
 from longvila.config import ShardingConfig
 from longvila.errors import ConfigError
 from longvila.parallel.fold import Fold, check_sharding, parameter_mesh
@@ -25,12 +26,18 @@ logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERR
 
 
 def shard_parameters(
-    model: nn.Module, fold: Fold, precision: str, sharding: ShardingConfig, cut: Sequence[Sequence[nn.Module]] = ()
+    model: nn.Module,
+    fold: Fold,
+    precision: str,
+    sharding: ShardingConfig,
+    cut: Sequence[Sequence[nn.Module]] = (),
+    chunks: Sequence[nn.Module] = (),
 ) -> None:
     """Shards all parameters, in place.
 
     Args:
         cut: of each layer, the linear layers of which each rank of a tensor group has a part.
+        chunks: of a pipeline, those of this rank: all of a chunk but its layers is one unit, gathered while it runs.
 
     Raises:
         ConfigError: for a parameter whose gradient would not be summed over all ranks.
@@ -40,8 +47,9 @@ def shard_parameters(
         if precision == "bf16"
         else MixedPrecisionPolicy()
     )
-    mesh = parameter_mesh(sharding, fold.mesh.device_type)
-    reshard: bool | int = sharding.parameters != "none"
+    mesh = parameter_mesh(sharding, fold.mesh.device_type, fold.num_stages)
+    # Every row of a pipeline would gather a chunk's weights anew.
+    reshard: bool | int = sharding.parameters != "none" and not chunks
     if sharding.parameters == "node" and sharding.optimizer == "world":
         reshard = check_sharding(sharding, mesh.size())
         if reshard == mesh.size():  # one node is the world
@@ -60,9 +68,21 @@ def shard_parameters(
                 shard_copies(module, fold.experts["copies"])
     if fold.tensor is not None:
         for linears in cut:
-            shard_copies(list(linears), fold.tensor["copies"])
+            if linears:
+                shard_copies(list(linears), fold.tensor["copies"])
     for block in blocks(model):
         shard(block)
+    if chunks:
+        for chunk in chunks:
+            shard(chunk)
+        _sum_gradients([module for chunk in chunks for module in chunk.modules()])
+    else:
+        _shard_rest(model, shard)
+        _sum_gradients(model.modules())
+    check_rules(model, dist.get_world_size(fold.stage))
+
+
+def _shard_rest(model: nn.Module, shard: Callable[..., Any]) -> None:
     # The matrices of words are large and of no use to the backward of a look-up: gathered for the forward alone.
     language_model: Any = getattr(model, "language_model", model)
     embedding, head = language_model.get_input_embeddings(), language_model.get_output_embeddings()
@@ -78,20 +98,22 @@ def shard_parameters(
         shard(model.projector)  # type: ignore[arg-type]
         shard(language_model.get_decoder(), {embedding.weight} if tied else None)
         shard(model).set_unshard_in_backward(False)
-    for module in model.modules():
+
+
+def _sum_gradients(modules: Iterable[nn.Module]) -> None:
+    for module in modules:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    check_rules(model)
 
 
-def check_rules(model: nn.Module) -> None:
-    """Every parameter must lie spread or alike over ALL ranks, so that its gradient is summed over all that hold it.
+def check_rules(model: nn.Module, world: int) -> None:
+    """Every parameter must lie spread or alike over ALL `world` ranks that hold these layers, so that its gradient is
+    summed over all that hold it.
 
     Raises:
         ConfigError: naming one that is not.
     """
-    world = dist.get_world_size()
     for name, parameter in model.named_parameters():
         ranks = parameter.device_mesh.size() if isinstance(parameter, DTensor) else 1
         if not isinstance(parameter, DTensor) or ranks != world:
@@ -117,9 +139,10 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
     def visit(module: nn.Module) -> None:
         children = list(module.children())
-        repeated = isinstance(module, (nn.ModuleList, nn.Sequential)) and len({type(c) for c in children}) == 1
-        if repeated and len(children) > 1 and any(True for _ in children[0].parameters()):
-            found.extend(children)
+        here = [child for child in children if not isinstance(child, Elsewhere)]
+        repeated = isinstance(module, (nn.ModuleList, nn.Sequential)) and len({type(c) for c in here}) == 1
+        if repeated and len(children) > 1 and any(True for _ in here[0].parameters()):
+            found.extend(here)
             return
         for child in children:
             visit(child)

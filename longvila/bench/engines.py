@@ -32,6 +32,7 @@ from longvila.parallel.launch import run_ranks
 from longvila.shards.rows import Row
 from longvila.train.engine import make_engine
 from longvila.train.feed import Step
+from longvila.train.flops import count_flops
 from longvila.train.gradients import MIXED, TEXT, VIDEO, make_model, make_row, reference
 from longvila.train.loop import prepare
 from longvila.train.optimizer import make_optimizer, set_learning_rate
@@ -66,7 +67,8 @@ def make_state(
     torch.nn.Module.to(model, dtype)  # transformers wraps `model.to` in a way that a type checker misreads
     prepare(model, config)
     no_tokenizer: Any = None  # rows are made of ids
-    return TrainingState(config, fold, torch.device("cpu"), make_engine(model, fold, config), no_tokenizer)
+    flops = count_flops(model)
+    return TrainingState(config, fold, torch.device("cpu"), make_engine(model, fold, config), no_tokenizer, flops)
 
 
 def make_rows(fold: Fold, indices: range) -> list[Row]:

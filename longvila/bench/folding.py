@@ -50,12 +50,16 @@ class Mapping:
     experts: int = EXPERTS
     """In each layer; 0 for a dense language model."""
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
+    layers: int = 2
+    tied: bool = True
 
     @property
     def name(self) -> str:
-        axes = ("tensor", "head", "inner", "outer", "experts", "expert_tensor")
-        sizes = {"data": self.world // self.parallel.sequence, **{axis: getattr(self.parallel, axis) for axis in axes}}
-        return " ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1)
+        axes = ("tensor", "head", "inner", "outer", "experts", "expert_tensor", "pipeline", "chunks")
+        data = self.world // self.parallel.sequence // self.parallel.pipeline
+        sizes = {"data": data, **{axis: getattr(self.parallel, axis) for axis in axes}}
+        names = [f"{axis} {size}" for axis, size in sizes.items() if size > 1]
+        return " ".join(names + ["zero bubble"] * (self.parallel.schedule == "zero_bubble"))
 
     @property
     def drops(self) -> str:
@@ -65,7 +69,7 @@ class Mapping:
         return f"above {mixture.capacity:g} by {mixture.keeps}" + ", padded" * mixture.pads
 
     def build(self) -> LongVilaModel:
-        return make_model(heads=(4, 2), experts=self.experts)
+        return make_model(heads=(4, 2), experts=self.experts, layers=self.layers, tied=self.tied)
 
 
 MAPPINGS = (
@@ -88,6 +92,11 @@ MAPPINGS = (
     Mapping(
         16, ParallelConfig(tensor=2, inner=2, outer=2, experts=8), mixture=MixtureConfig(capacity=0.8, keeps="position")
     ),
+)
+PIPELINES = (
+    Mapping(8, ParallelConfig(pipeline=2, tensor=2, inner=2, schedule="zero_bubble"), 0),
+    Mapping(8, ParallelConfig(pipeline=2, chunks=2, inner=2, experts=2, expert_tensor=2), layers=4),
+    Mapping(16, ParallelConfig(pipeline=4, tensor=2, inner=2, experts=4), layers=4, tied=False),
 )
 FAULTY = Mapping(8, ParallelConfig(tensor=2, experts=2, expert_tensor=2))
 """Where faults are put in: of every kind of copy there are two."""
@@ -112,8 +121,11 @@ def run(quick: bool, show: Callable[[str, Rows, str], None]) -> dict[str, Any]:
     section = sections(figures, show)
 
     chosen = MAPPINGS[::4] if quick else MAPPINGS
+    pipelines = PIPELINES[:1] if quick else PIPELINES
     faults = FAULTS[::3] if quick else FAULTS
-    mappings = section("mappings", [measure(each) for each in chosen], "one step of four rows, against one process")
+    mappings = section(
+        "mappings", [measure(each) for each in (*chosen, *pipelines)], "one step of four rows, against one process"
+    )
     sizes = section("bytes", [row for each in chosen for row in measure_bytes(each)], "of all ranks, one row")
     caught = section("faults", [measure_fault(fault) for fault in faults], f"in {FAULTY.name}; the loss stays right")
     resharded = section("resharding", measure_resharding(), f"saved under {SAVED.name} by {SAVED.world}; the next step")
@@ -150,13 +162,13 @@ def measure(mapping: Mapping, fault: Callable[[], None] | None = None) -> dict[s
 def _expected(mapping: Mapping) -> tuple:
     """Of one process, which knows no ranks where nothing is dropped."""
     if mapping.mixture.capacity is None:
-        return _expected_of(mapping.experts)
+        return _expected_of(mapping.experts, mapping.layers, mapping.tied)
     return run_ranks(_plain_step, 1, mapping)[0]
 
 
 @lru_cache(maxsize=2)
-def _expected_of(experts: int) -> tuple:
-    return run_ranks(_plain_step, 1, Mapping(1, ParallelConfig(), experts))[0]
+def _expected_of(experts: int, layers: int, tied: bool) -> tuple:
+    return run_ranks(_plain_step, 1, Mapping(1, ParallelConfig(), experts, layers=layers, tied=tied))[0]
 
 
 def measure_fault(fault: Callable[[], None]) -> dict[str, Any]:

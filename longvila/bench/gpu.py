@@ -32,7 +32,7 @@ from longvila.parallel.kernel import block_backward, block_forward, flash_attent
 from longvila.shards.rows import Row
 from longvila.train.engine import make_engine
 from longvila.train.feed import Step
-from longvila.train.flops import peak_flops, visible_pairs
+from longvila.train.flops import count_flops, peak_flops, visible_pairs
 from longvila.train.optimizer import choose_trained
 from longvila.train.step import TrainingState, take_step
 
@@ -265,7 +265,8 @@ def _state(device: torch.device, shape: Shape) -> TrainingState:
         model = wrap(Qwen2ForCausalLM(shape.config()))
     choose_trained(model, config.trains)
     fold = make_fold(parallel, device.type)
-    return TrainingState(config, fold, device, make_engine(model, fold, config), cast(Any, None))
+    flops = count_flops(model)
+    return TrainingState(config, fold, device, make_engine(model, fold, config), cast(Any, None), flops)
 
 
 def _step(tokens: int, vocabulary: int) -> Step:

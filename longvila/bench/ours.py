@@ -18,6 +18,7 @@ from longvila.parallel.fold import make_fold, start_world
 from longvila.shards.rows import Row
 from longvila.train.engine import make_engine
 from longvila.train.feed import Step
+from longvila.train.flops import count_flops
 from longvila.train.optimizer import choose_trained
 from longvila.train.step import TrainingState, take_step
 
@@ -65,7 +66,8 @@ def _start(cell: Cell, trains: Any, clip: float) -> TrainingState:
     fold = make_fold(parallel, device.type)
     model = wrap(language_model(cell.model))
     choose_trained(model, trains)
-    return TrainingState(config, fold, device, make_engine(model, fold, config), cast(Any, None))
+    flops = count_flops(model)
+    return TrainingState(config, fold, device, make_engine(model, fold, config), cast(Any, None), flops)
 
 
 def wrap(text: PreTrainedModel) -> LongVilaModel:

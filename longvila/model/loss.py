@@ -94,6 +94,7 @@ def chunked_cross_entropy(
     linear: nn.Linear,
     chunk: int,
     finish: Callable[[Tensor], Tensor] = lambda logits: logits,
+    twice: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Sum of the cross-entropy over the targets, in fp32 (fp64 for fp64 hidden states).
 
@@ -104,13 +105,15 @@ def chunked_cross_entropy(
             communicate when a module is called: its weights must be whole.
         chunk: targets whose logits exist at one time.
         finish: what follows the product with the output matrix, element by element.
+        twice: whether gradients may be asked for twice, of `hidden` and then of the weights, as a pipeline without
+            bubbles does; takes memory for those of the weights once more.
 
     Returns:
         The sum and the number of targets. Without a target the sum is 0 and still reaches every parameter.
     """
     places = (labels != IGNORE).nonzero().flatten()
     total = _ChunkedCrossEntropy.apply(
-        hidden, linear.weight, linear.bias, labels, places, chunk, finish, torch.is_grad_enabled()
+        hidden, linear.weight, linear.bias, labels, places, chunk, finish, torch.is_grad_enabled(), twice
     )
     return total, torch.tensor(len(places), device=labels.device)  # type: ignore[return-value]
 
@@ -132,7 +135,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         chunk: int,
         finish: Callable[[Tensor], Tensor],
         with_grads: bool,
+        twice: bool,
     ):
+        ctx.twice = twice
         exact = torch.promote_types(hidden.dtype, torch.float32)
         total = torch.zeros((), dtype=exact, device=hidden.device)
         needed = [with_grads and needs for needs in ctx.needs_input_grad[:3]]
@@ -177,6 +182,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
-        # In place: a second backward is refused by torch itself.
-        grads = (None if saved is None else saved.mul_(grad) for saved in ctx.saved_tensors)
-        return *grads, None, None, None, None, None
+        if ctx.twice:
+            grads = [None if saved is None else saved * grad for saved in ctx.saved_tensors]
+        else:  # in place: a second backward is refused by torch itself
+            grads = [None if saved is None else saved.mul_(grad) for saved in ctx.saved_tensors]
+        return *grads, None, None, None, None, None, None

@@ -29,4 +29,10 @@ def extend_context(language_model: PreTrainedModel, theta: float, tokens: int) -
         )
     parameters["rope_theta"] = float(theta)
     config.max_position_embeddings = max(config.max_position_embeddings, tokens)
-    decoder.rotary_emb = type(rotary)(config=config).to(rotary.inv_freq.device)
+    # In place: folds may have put hooks on it, and others may hold it.
+    fresh = type(rotary)(config=config)
+    for name, buffer in fresh.named_buffers():
+        setattr(rotary, name, buffer.to(rotary.inv_freq.device))
+    for name in ("attention_scaling", "max_seq_len_cached", "original_max_seq_len"):
+        if hasattr(fresh, name):
+            setattr(rotary, name, getattr(fresh, name))

@@ -132,17 +132,27 @@ class LongVilaModel(PreTrainedModel):
         Raises:
             DataError: the number of placeholders is not the number of frame tokens.
         """
-        embeddings = self.embed(input_ids, self._encode_all(frames), route)
+        embeddings = self.embed(input_ids, self.encode_all(frames), route)
         hidden = self.language_model.get_decoder()(
             inputs_embeds=embeddings, position_ids=position_ids, use_cache=False, **attention_kwargs
         ).last_hidden_state
-        head = LogitHead(self.language_model)
         if labels is None:
-            return LongVilaOutput(logits=head(hidden))
-        loss_sum, num_targets = chunked_cross_entropy(
-            hidden[0], labels[0], head.linear, loss_chunk or head.chunk, head.finish
-        )
+            return LongVilaOutput(logits=LogitHead(self.language_model)(hidden))
+        loss_sum, num_targets = self.loss(hidden, labels, loss_chunk)
         return LongVilaOutput(loss_sum=loss_sum, num_targets=num_targets)
+
+    def loss(
+        self, hidden: Tensor, labels: Tensor, loss_chunk: int | None = None, twice: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Sum of the cross-entropy of last hidden states (1, N, D) over targets (1, N), and the number of targets.
+
+        Args:
+            twice: whether a backward may ask for its gradients twice.
+        """
+        head = LogitHead(self.language_model)
+        return chunked_cross_entropy(
+            hidden[0], labels[0], head.linear, loss_chunk or head.chunk, head.finish, twice=twice
+        )
 
     def embed(self, input_ids: Tensor, frame_tokens: Tensor, route: Route | None = None) -> Tensor:
         """Embeddings (1, N, D) of a row, with frame tokens (F, T, D) in the place of its placeholders."""
@@ -166,13 +176,13 @@ class LongVilaModel(PreTrainedModel):
             frames: uint8 frames (F, 3, S, S), or their tokens (F, T, D) from `encode_frames`.
             generate_kwargs: those of Hugging Face's `generate`.
         """
-        tokens = self._encode_all(frames) if frames.dtype == torch.uint8 else frames
+        tokens = self.encode_all(frames) if frames.dtype == torch.uint8 else frames
         embeddings = self.embed(input_ids, tokens)
         return self.language_model.generate(
             inputs_embeds=embeddings, attention_mask=torch.ones_like(input_ids), **generate_kwargs
         )
 
-    def _encode_all(self, frames: Tensor) -> Tensor:
+    def encode_all(self, frames: Tensor) -> Tensor:
         """`encode_frames`, also for no frames: then a black one is encoded and none of its tokens is used, so that
         every parameter takes part in the backward pass of every rank (FSDP2 waits for all of them)."""
         if len(frames):

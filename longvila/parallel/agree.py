@@ -65,7 +65,7 @@ def agree(views: Sequence[RowView], error: Exception | None, fold: Fold) -> Agre
         (_FAILED if error else view.digest, len(view.failed), sum(view.targets), view.content, view.plan)
         for view in views
     ]
-    everyone = gather(torch.tensor(mine, dtype=torch.int64)).view(fold.num_data, fold.num_sequence, len(views), 5)
+    everyone = _by_row(gather(torch.tensor(mine, dtype=torch.int64)), fold)
     if error is not None:
         raise error
     if broken := (everyone[..., 0] == _FAILED).any(-1).flatten().nonzero().flatten().tolist():
@@ -97,8 +97,13 @@ def agree(views: Sequence[RowView], error: Exception | None, fold: Fold) -> Agre
         for document, count in enumerate(view.targets)
         if document not in gone
     )
-    targets = gather(torch.tensor([left], dtype=torch.int64)).view(fold.num_data, fold.num_sequence)
+    targets = _by_row(gather(torch.tensor([left], dtype=torch.int64)), fold)[..., 0]
     return Agreement(ended, dropped, int(targets[:, 0].sum()))
+
+
+def _by_row(everyone: Tensor, fold: Fold) -> Tensor:
+    """(data ranks, ranks that read the same rows, ...) of what every rank of the world says."""
+    return everyone.unflatten(0, (fold.num_stages, fold.num_data, fold.num_sequence)).transpose(0, 1).flatten(1, 2)
 
 
 def check_same_row(
@@ -127,8 +132,8 @@ def check_same_row(
 
 
 def _union_of_failures(views: Sequence[RowView], fold: Fold) -> tuple[tuple[int, ...], ...]:
-    gathered: list = [None] * fold.num_sequence
-    dist.all_gather_object(gathered, [view.failed for view in views], group=fold.sequence)
+    gathered: list = [None] * dist.get_world_size(fold.readers)
+    dist.all_gather_object(gathered, [view.failed for view in views], group=fold.readers)
     return tuple(tuple(sorted({document for peer in gathered for document in peer[row]})) for row in range(len(views)))
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from longvila.config import MixtureConfig
 from longvila.errors import ConfigError
 from longvila.parallel.experts import Capacity
+from longvila.parallel.fold import Fold
 
 
 class Routers:
@@ -35,6 +36,7 @@ class Routers:
         biases: Sequence[Tensor],
         config: MixtureConfig,
         group: dist.ProcessGroup,
+        fold: Fold,
     ) -> None:
         """
         Args:
@@ -46,12 +48,13 @@ class Routers:
             group: ranks whose tokens are balanced together.
         """
         self._config, self._group, self._num_experts, self._biases = config, group, num_experts, biases
-        self._groups = dist.get_world_size() // dist.get_world_size(group)
+        self._groups = dist.get_world_size(fold.stage) // dist.get_world_size(group)
+        self._stage, self._pipeline = fold.stage, fold.pipeline
         self._capacity = capacity_of(config)
         self.rows = 1
         """Rows of this step on each sequence group: the step has the mean of their losses."""
         self.is_frame: Tensor | None = None
-        """(T,) which of this rank's tokens of the row are of frames; None: none is."""
+        """(T,) which of this rank's tokens of the row at hand are of frames; None: none is."""
         self._counts: list[Tensor | None] = [None] * len(experts)
         for number, module in enumerate(experts):
             module.register_forward_pre_hook(partial(self._count, number))
@@ -92,11 +95,15 @@ class Routers:
         if not seen:
             return {}
         counts = torch.stack(seen)
-        dist.all_reduce(counts)
+        dist.all_reduce(counts, group=self._stage)
         text, frames, dropped = counts.split([self._num_experts, self._num_experts, 1], dim=1)
         if moved:
             for bias, chosen in zip(self._biases, text + frames, strict=bool(self._biases)):
                 move_bias(bias, chosen, self._config.bias)
+        # From here on of the layers of all stages.
+        everyone: list[Any] = [None] * dist.get_world_size(self._pipeline)
+        dist.all_gather_object(everyone, counts.cpu(), group=self._pipeline)
+        text, frames, dropped = torch.cat(everyone).split([self._num_experts, self._num_experts, 1], dim=1)
 
         def load(part: Tensor) -> float:
             return float((part.amax(1) * part.shape[1] / part.sum(1).clamp(min=1)).max())

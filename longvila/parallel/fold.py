@@ -3,6 +3,9 @@
 The world is `data x outer x inner x head x tensor`, the last fastest: tensor parallelism talks most, and then the
 all-to-all over heads stays on neighbouring ranks (LoongTrain's head-first placement); context-first placement is the
 order `data x head x outer x inner x tensor`. A sequence group is all but `data`: ranks that read one row together.
+
+With a pipeline all of this, and the experts' fold, is that of the ranks of one stage, which are neighbours; ranks of a
+pipeline have the same place in every stage, so that pipelines coincide in all folds.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from longvila.errors import ConfigError
 
 AXES = ("data", "outer", "inner", "head", "tensor")
 EXPERT_AXES = ("copies", "experts", "expert_tensor")
+PIPELINE = "pipeline"
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,13 @@ class Fold:
     """This rank's place in the world, and the process groups of the axes it takes part in."""
 
     mesh: DeviceMesh
-    """The axes of `AXES`, in the order of the placement."""
+    """The pipeline and the axes of `AXES`, in the order of the placement."""
+    stage: dist.ProcessGroup
+    """Ranks that hold the same layers: all, without a pipeline."""
+    pipeline: dist.ProcessGroup
+    """Ranks with the same place in every stage, first to last."""
+    readers: dist.ProcessGroup
+    """Ranks that read the same rows: sequence groups with the same place in every stage."""
     sequence: dist.ProcessGroup
     """Ranks that share one row."""
     context: dist.ProcessGroup
@@ -46,20 +56,31 @@ class Fold:
     links: Links
     """Where keys, values and queries travel between them."""
     experts: DeviceMesh | None
-    """Axes `copies`, `experts` and `expert_tensor`: ranks along the second share out a mixture's experts, along the
-    third the matrices of each, and along the first hold the same. None where nothing of experts is shared out."""
+    """Axes `pipeline`, `copies`, `experts` and `expert_tensor`: ranks along the third share out a mixture's experts,
+    along the last the matrices of each, and along `copies` hold the same. None where no part of experts is shared out.
+    """
     return_links: Links
     """The same ranks; gradients and helpers' answers travel here, so that the two kinds of traffic never mix."""
     heads: dist.ProcessGroup
     """Ranks that share this rank's attention tokens."""
     tensor: DeviceMesh | None
-    """Axes `copies` and `tensor`: ranks along the second share out matrices, ranks along the first hold the same part.
+    """Axes `pipeline`, `copies` and `tensor`: ranks along the last share out matrices, those along `copies` hold the
+    same part.
     None where no matrix is shared out."""
     inner: int
     outer: int
     placement: PlacementName
     data_rank: int
     num_data: int
+
+    @property
+    def stage_number(self) -> int:
+        """Which of the pipeline's stages this rank belongs to."""
+        return dist.get_rank(self.pipeline)
+
+    @property
+    def num_stages(self) -> int:
+        return dist.get_world_size(self.pipeline)
 
     @property
     def sequence_rank(self) -> int:
@@ -90,7 +111,7 @@ class Fold:
     @property
     def num_tensor(self) -> int:
         """Size of the tensor axis."""
-        return 1 if self.tensor is None else self.tensor.size(1)
+        return 1 if self.tensor is None else self.tensor["tensor"].size()
 
     @property
     def piece(self) -> int:
@@ -139,19 +160,31 @@ def world_timeout() -> timedelta:
 
 def check_world(parallel: ParallelConfig, world: int) -> int:
     """Returns the number of data ranks, or raises ConfigError where the fold does not fit the world."""
+    if parallel.pipeline < 1 or parallel.chunks < 1 or world % parallel.pipeline:
+        raise ConfigError(
+            f"parallel.pipeline={parallel.pipeline} stages, of parallel.chunks={parallel.chunks} stretches of layers a "
+            f"rank, do not divide the world of {world} ranks; both must be at least 1, and the stages a divisor of it"
+        )
+    if parallel.pipeline == 1 and (parallel.chunks, parallel.schedule) != (1, "1f1b"):
+        raise ConfigError(
+            f"parallel.chunks={parallel.chunks} and parallel.schedule={parallel.schedule} are of a pipeline, and "
+            f"parallel.pipeline is 1; leave them out, or give it more stages"
+        )
+    whole, world = world, world // parallel.pipeline
+    ranks = f"world of {whole} ranks" if whole == world else f"{world} ranks of a stage"
     sizes = f"head {parallel.head} x inner {parallel.inner} x outer {parallel.outer} x tensor {parallel.tensor}"
     if min(parallel.head, parallel.inner, parallel.outer, parallel.tensor) < 1:
         raise ConfigError(f"every axis of a sequence group must be at least 1, not {sizes}")
     if world % parallel.sequence:
         raise ConfigError(
-            f"a sequence group of {parallel.sequence} ranks ({sizes}) does not divide the world of {world} ranks; "
-            f"start a multiple of {parallel.sequence}, or change parallel.*"
+            f"a sequence group of {parallel.sequence} ranks ({sizes}) does not divide the {ranks}; "
+            f"start a multiple of {parallel.sequence * parallel.pipeline}, or change parallel.*"
         )
     if min(parallel.experts, parallel.expert_tensor) < 1 or world % (parallel.experts * parallel.expert_tensor):
         matrices = f" x expert_tensor={parallel.expert_tensor}" if parallel.expert_tensor != 1 else ""
         raise ConfigError(
-            f"parallel.experts={parallel.experts}{matrices} ranks that share experts do not divide the world of "
-            f"{world} ranks; use a divisor of it"
+            f"parallel.experts={parallel.experts}{matrices} ranks that share experts do not divide the "
+            f"{ranks}; use a divisor of it"
         )
     return world // parallel.sequence
 
@@ -166,13 +199,14 @@ def fold_groups(parallel: ParallelConfig, world: int) -> Groups:
     ranks that split the heads of the same tokens. `context`: ranks that have the same heads of different tokens; they
     are `outer` rings of `inner` ranks, and `ring` is one of those. `tensor`: ranks that share out matrices. With shared
     experts, `experts`: ranks that share them out; `expert_tensor`: ranks that share out the matrices of each; `copies`:
-    ranks that hold the same.
+    ranks that hold the same. With a pipeline, `pipeline`: ranks that pass rows on; `stage`: ranks with the same layers;
+    `readers`: ranks that read the same rows.
 
     Raises:
         ConfigError: where the fold does not fit the world.
     """
     sizes = {"data": check_world(parallel, world), **{axis: getattr(parallel, axis) for axis in AXES[1:]}}
-    order = _axes(parallel)
+    order, stages, world = _axes(parallel), parallel.pipeline, world // parallel.pipeline
     ranks = torch.arange(world).view([sizes[axis] for axis in order]).permute([order.index(axis) for axis in AXES])
 
     def along(*axes: str) -> list[list[int]]:
@@ -192,6 +226,16 @@ def fold_groups(parallel: ParallelConfig, world: int) -> Groups:
         ranks = torch.arange(world).view(-1, parallel.experts, parallel.expert_tensor)
         for index, name in enumerate(EXPERT_AXES):
             groups[name] = sorted(ranks.movedim(index, -1).reshape(-1, ranks.shape[index]).tolist())
+    if stages == 1:
+        return groups
+    starts = range(0, stages * world, world)
+    readers = [[start + rank for start in starts for rank in group] for group in groups["sequence"]]
+    groups = {
+        kind: [[start + rank for rank in group] for start in starts for group in each] for kind, each in groups.items()
+    }
+    groups[PIPELINE] = [[start + rank for start in starts] for rank in range(world)]
+    groups["stage"] = [list(range(start, start + world)) for start in starts]
+    groups["readers"] = readers
     return groups
 
 
@@ -214,7 +258,10 @@ def make_fold(parallel: ParallelConfig, device_type: str) -> Fold:
     world = dist.get_world_size()
     num_data, groups = check_world(parallel, world), fold_groups(parallel, world)
     sizes = {"data": num_data, **{axis: getattr(parallel, axis) for axis in AXES[1:]}}
-    mesh = _make_mesh(device_type, {axis: sizes[axis] for axis in _axes(parallel)})
+    stages, world = parallel.pipeline, world // parallel.pipeline
+    mesh = _make_mesh(device_type, {PIPELINE: stages, **{axis: sizes[axis] for axis in _axes(parallel)}})
+    sequence = _my_group(groups["sequence"])
+    assert dist.group.WORLD is not None
     context, returns = _my_group(groups["context"]), _my_group(groups["context"])
     inner, inner_returns = context, returns
     if parallel.outer > 1:
@@ -222,13 +269,17 @@ def make_fold(parallel: ParallelConfig, device_type: str) -> Fold:
     experts = None
     if (shared := parallel.experts * parallel.expert_tensor) > 1:
         sizes = (world // shared, parallel.experts, parallel.expert_tensor)
-        experts = _make_mesh(device_type, dict(zip(EXPERT_AXES, sizes, strict=True)))
+        experts = _make_mesh(device_type, {PIPELINE: stages, **dict(zip(EXPERT_AXES, sizes, strict=True))})
     tensor = None
     if parallel.tensor > 1:
-        tensor = _make_mesh(device_type, {"copies": world // parallel.tensor, "tensor": parallel.tensor})
+        copies = world // parallel.tensor
+        tensor = _make_mesh(device_type, {PIPELINE: stages, "copies": copies, "tensor": parallel.tensor})
     return Fold(
         mesh=mesh,
-        sequence=_my_group(groups["sequence"]),
+        sequence=sequence,
+        stage=_my_group(groups["stage"]) if stages > 1 else dist.group.WORLD,
+        pipeline=mesh.get_group(PIPELINE),
+        readers=_my_group(groups["readers"]) if stages > 1 else sequence,
         context=context,
         links=Links(inner, context),
         experts=experts,
@@ -268,12 +319,15 @@ def check_sharding(sharding: ShardingConfig, world: int) -> int:
     return node
 
 
-def parameter_mesh(sharding: ShardingConfig, device_type: str) -> DeviceMesh:
-    """The parameter fold `replicate x shard` that the optimizer's scope asks for: all ranks, whatever they do else.
+def parameter_mesh(sharding: ShardingConfig, device_type: str, stages: int = 1) -> DeviceMesh:
+    """The parameter fold `replicate x shard` that the optimizer's scope asks for: all ranks, or all of a pipeline's
+    stage, whatever they do else.
 
     Collective. The shard axis lies on neighbouring ranks, those of a node.
     """
     world = dist.get_world_size()
+    if stages > 1:
+        return _make_mesh(device_type, {PIPELINE: stages, "shard": world // stages})["shard"]
     node = check_sharding(sharding, world)
     shard = {"world": world, "node": node, "none": 1}[sharding.optimizer]
     if shard == world:

@@ -58,6 +58,7 @@ class RowLoader:
         num_data_ranks: int = 1,
         sequence_rank: int = 0,
         num_sequence_ranks: int = 1,
+        decodes: bool = True,
         seed: int = 0,
     ) -> None:
         """
@@ -77,6 +78,7 @@ class RowLoader:
         self.num_data_ranks = num_data_ranks
         self.sequence_rank = sequence_rank
         self.num_sequence_ranks = num_sequence_ranks
+        self.decodes = decodes
         self.seed = seed
         self.bad = BadSamples(data.max_bad_share)
         limit = None if data.cache_gib is None else data.cache_gib * 2**30
@@ -133,7 +135,7 @@ class RowLoader:
     def _start(self, dealt: _Dealt) -> Callable[[], Row | None]:
         if dealt.documents is None:
             return lambda: None
-        share = self.sequence_rank, self.num_sequence_ranks
+        share = self.sequence_rank if self.decodes else None, self.num_sequence_ranks
         return start_row(dealt.documents, *share, self._decoder, self._memory, dealt.digest)
 
     def _planned(self, start: Cursor) -> Iterator[_Dealt]:

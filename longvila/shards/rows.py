@@ -63,7 +63,7 @@ def pack(documents: Iterable[Document], row_tokens: int) -> Iterator[list[Docume
 
 
 def start_row(
-    documents: list[Document], rank: int, num_ranks: int, decoder: Decoder, memory: FrameMemory, plan: int = 0
+    documents: list[Document], rank: int | None, num_ranks: int, decoder: Decoder, memory: FrameMemory, plan: int = 0
 ) -> Callable[[], Row]:
     """Begins to decode what rank `rank` of a sequence group of `num_ranks` decodes of the row of `documents`.
 
@@ -71,7 +71,9 @@ def start_row(
         What waits for the row.
     """
     num_frames = sum(document.num_frames for document in documents)
-    first, last = num_frames * rank // num_ranks, num_frames * (rank + 1) // num_ranks
+    first, last = 0, 0
+    if rank is not None:
+        first, last = num_frames * rank // num_ranks, num_frames * (rank + 1) // num_ranks
     tasks, end = [], 0
     for index, document in enumerate(documents):
         for clip in document.clips:

@@ -266,7 +266,8 @@ class Checkpoints:
             for name, entry in metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
-        here = {name: _shape(tensor.shape, tensor.dtype) for name, tensor in _tensors(state)}
+        mine = {name: _shape(tensor.shape, tensor.dtype) for name, tensor in _tensors(state)}
+        here = {name: shape for each in self._on_all(lambda: mine) for name, shape in each.items()}
         different = [
             f"{name} is {there.get(name, 'absent')} there and {here.get(name, 'absent')} here"
             for name in sorted(there.keys() | here.keys())

@@ -29,6 +29,7 @@ from longvila.errors import ConfigError
 from longvila.model.vlm import LongVilaModel
 from longvila.parallel.fold import Fold
 from longvila.parallel.packed import whole
+from longvila.parallel.pipeline import Pipeline
 from longvila.train.optimizer import make_optimizer, set_learning_rate
 
 log = logging.getLogger(__name__)
@@ -98,12 +99,17 @@ class DeepSpeedEngine:
     """See `train.engine.Engine`."""
 
     def __init__(self, model: LongVilaModel, fold: Fold, config: StageConfig) -> None:
+        if fold.num_stages > 1:
+            raise ConfigError(
+                f"parallel.pipeline={fold.num_stages} does not go with the engine {config.engine}; use fsdp2"
+            )
         settings = deepspeed_config(config, dist.get_world_size())
+        self.pipeline: Pipeline | None = None
         self._deepspeed = import_deepspeed()
         self._mesh = init_device_mesh(fold.mesh.device_type, (dist.get_world_size(),), mesh_dim_names=("zero",))
         self.routers = apply_folds(
             model, fold, config.precision, config.recompute, config.recompute_keeps, None, config.tile_tokens
-        )
+        ).routers
         self.model = model
         self._stage = settings["zero_optimization"]["stage"]
         head = model.language_model.get_output_embeddings()
@@ -140,6 +146,9 @@ class DeepSpeedEngine:
         self._engine.set_gradient_accumulation_boundary(last)
         # DeepSpeed divides by the number of ranks; gradients are sums here.
         self._engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
+
+    def end_rows(self) -> None:
+        """Nothing: there is no pipeline."""
 
     def gradient_norm(self) -> float:
         if self._stage < 3:

@@ -26,6 +26,7 @@ from longvila.model.vlm import LongVilaModel
 from longvila.parallel.balance import Routers
 from longvila.parallel.fold import Fold
 from longvila.parallel.packed import as_pieces, as_placed, whole
+from longvila.parallel.pipeline import Pipeline, add_other_end, check_rows, from_stages, over_stages
 from longvila.train.optimizer import make_optimizer, set_learning_rate
 
 
@@ -35,6 +36,8 @@ class Engine(Protocol):
     model: LongVilaModel
     routers: Routers | None
     """Of a mixture of experts."""
+    pipeline: Pipeline | None
+    """What runs all rows of a step, forward and backward, in the place of `forward` and `backward`."""
 
     def forward(self, **inputs: Any) -> Any:
         """The model's forward."""
@@ -42,6 +45,10 @@ class Engine(Protocol):
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Adds the gradients of one row's loss, summed over ranks. `last`: no row of this step follows."""
+        ...
+
+    def end_rows(self) -> None:
+        """After a pipeline has run the rows of a step, before `gradient_norm`: completes what gradients lack."""
         ...
 
     def gradient_norm(self) -> float:
@@ -96,12 +103,16 @@ class FSDP2Engine:
     """torch's fully sharded data parallelism. Weights, gradients and moments are DTensors."""
 
     def __init__(self, model: LongVilaModel, fold: Fold, config: StageConfig) -> None:
-        self.routers = apply_folds(
+        if staged := fold.num_stages > 1:
+            make_optimizer(model, config.optimizer)  # says what is wrong with its groups while the model is whole
+            for phase in config.phases:
+                check_rows(phase.rows_per_step, fold.num_stages)
+        self.routers, self.pipeline = apply_folds(
             model, fold, config.precision, config.recompute, config.recompute_keeps, config.sharding,
-            config.tile_tokens, config.mixture,
+            config.tile_tokens, config.mixture, config.parallel,
         )  # fmt: skip
-        self.model = model
-        self.optimizer = make_optimizer(model, config.optimizer)
+        self.model, self._fold = model, fold
+        self.optimizer = make_optimizer(model, config.optimizer, part=staged)
         self._clip = config.optimizer.clip or float("inf")
         self._reduce_once = config.sharding.gradients == "none"
 
@@ -116,10 +127,30 @@ class FSDP2Engine:
         loss.backward()
 
     def gradient_norm(self) -> float:
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        counted = dict(self.model.named_parameters())
+        if self.pipeline is not None and self._fold.stage_number > 0:
+            for name in self._on_both_ends():  # the first stage counts those
+                counted.pop(name)
+        gradients = [p.grad for p in counted.values() if p.grad is not None]
         norms = [whole(torch.nn.utils.get_total_norm(some)) for some in _by_mesh(gradients)]
+        if self.pipeline is not None:
+            norms = over_stages(torch.linalg.vector_norm(torch.stack(norms)) if norms else None, self._fold)
         self._norm = torch.linalg.vector_norm(torch.stack(norms))
         return float(self._norm)
+
+    def _on_both_ends(self) -> list[str]:
+        """Parameters that the first and the last stage of a pipeline both hold: words that are the output matrix."""
+        head = self.model.language_model.get_output_embeddings().weight
+        words = self.model.language_model.get_input_embeddings().weight
+        return [name for name, each in self.model.named_parameters() if each is head and each is words]
+
+    def end_rows(self) -> None:
+        """Sums the gradients of what lies on both ends of a pipeline. After the last row of a step."""
+        parameters = dict(self.model.named_parameters())
+        for name in self._on_both_ends():
+            gradient = parameters[name].grad
+            if gradient is not None:
+                add_other_end(gradient.to_local() if isinstance(gradient, DTensor) else gradient, self._fold)
 
     def step(self, rate: float) -> None:
         for some in _by_mesh(p for p in self.model.parameters() if p.grad is not None):
@@ -132,19 +163,17 @@ class FSDP2Engine:
         self.optimizer.zero_grad()
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in self.model.named_parameters():
-            if parameter.grad is not None:
-                yield name, whole(parameter.grad)
+        found = ((name, p.grad) for name, p in self.model.named_parameters() if p.grad is not None)
+        return from_stages(((name, whole(gradient)) for name, gradient in found), self._fold)
 
     def shares(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.model.named_parameters():
             yield name, parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
     def weights(self) -> dict[str, Tensor]:
-        weights, state = {}, get_model_state_dict(self.model)
-        for name, tensor in state.items():
-            assert isinstance(tensor, Tensor)
-            gathered = whole(tensor)
+        weights = {}
+        state: Any = get_model_state_dict(self.model)
+        for name, gathered in from_stages(((name, whole(each)) for name, each in state.items()), self._fold):
             if dist.get_rank() == 0:
                 weights[name] = gathered.cpu()
         return weights

@@ -82,12 +82,16 @@ def cases(world: int) -> list[Case]:
     ]
 
 
-def make_model(seed: int = 0, heads: tuple[int, int] = (6, 3), experts: int = 0) -> LongVilaModel:
-    """A small vision-language model in fp64: 3-block ViT, 2x2 projector, 2-layer Qwen3.
+def make_model(
+    seed: int = 0, heads: tuple[int, int] = (6, 3), experts: int = 0, layers: int = 2, tied: bool = True
+) -> LongVilaModel:
+    """A small vision-language model in fp64: 3-block ViT, 2x2 projector, Qwen3.
 
     Args:
         heads: of queries, and of keys.
         experts: in each layer, of which a token has 3; 0 makes the language model dense.
+        layers: of the language model.
+        tied: whether the output matrix is that of the words.
     """
     torch.manual_seed(seed)
     vision = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 3, "head_width": 16, "mlp_ratio": 2.0}
@@ -97,8 +101,8 @@ def make_model(seed: int = 0, heads: tuple[int, int] = (6, 3), experts: int = 0)
         "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3},
     }
     shape = {
-        "vocab_size": 64, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2,
-        "num_attention_heads": heads[0], "num_key_value_heads": heads[1], "head_dim": 8, "tie_word_embeddings": True,
+        "vocab_size": 64, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": layers,
+        "num_attention_heads": heads[0], "num_key_value_heads": heads[1], "head_dim": 8, "tie_word_embeddings": tied,
     }  # fmt: skip
     text: Qwen3Config | Qwen3MoeConfig = Qwen3Config(**shape)
     if experts:

@@ -35,14 +35,14 @@ from longvila.train.anomaly import LossWatch
 from longvila.train.checkpoint import Checkpoints, Position, newest, read_position
 from longvila.train.engine import Engine, make_engine
 from longvila.train.feed import RowFeed
-from longvila.train.flops import peak_flops
+from longvila.train.flops import count_flops, peak_flops
 from longvila.train.interrupt import StopSignal
 from longvila.train.manifest import find_fault
 from longvila.train.memory import memory_table, sharding_of
 from longvila.train.metrics import Metrics, peak_memory, read_jsonl
 from longvila.train.optimizer import add_lora, choose_trained, freeze, learning_rate, phase_at
 from longvila.train.profiler import StepProfiler
-from longvila.train.step import TrainingState, forward_row, take_step
+from longvila.train.step import TrainingState, sum_of_losses, take_step
 from longvila.train.summary import write_summary
 
 log = logging.getLogger(__name__)
@@ -149,7 +149,8 @@ def _start(config: StageConfig, run: Path, fold: Fold, device: torch.device) -> 
         sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
         total, trained = sum(size for size, _ in sizes), sum(size for size, moves in sizes if moves)
         log.info("\n".join(memory_table(total, trained, dist.get_world_size(), sharding_of(config), config.precision)))
-    return TrainingState(config, fold, device, make_engine(model, fold, config), tokenizer)
+    flops = count_flops(model)  # while it is whole
+    return TrainingState(config, fold, device, make_engine(model, fold, config), tokenizer, flops)
 
 
 def _run_steps(state: TrainingState, folder: Path, data: Path, profile: tuple[int, int] | None) -> None:
@@ -183,7 +184,7 @@ def _run_steps(state: TrainingState, folder: Path, data: Path, profile: tuple[in
             try:
                 batch = feed.next_step()
             finally:
-                if state.fold.sequence_rank == 0:
+                if state.fold.sequence_rank == state.fold.stage_number == 0:
                     list_bad(bad, feed.bad)
             rate = learning_rate(phase, step_of_phase)
             figures = take_step(state, batch, rate)
@@ -191,7 +192,7 @@ def _run_steps(state: TrainingState, folder: Path, data: Path, profile: tuple[in
             profiler.after(step + 1)
             # Every rank sees the same loss; one of each sequence group names its samples.
             leap = None if figures["skipped"] else watch.see(figures["loss"])
-            if leap and state.fold.sequence_rank == 0:
+            if leap and state.fold.sequence_rank == state.fold.stage_number == 0:
                 log.warning("step %d: %s, on samples %s", step + 1, leap, [row.keys for row in batch.rows])
             done = step + 1
             if config.validation and (done % config.validation.every == 0 or done == config.steps):
@@ -260,8 +261,7 @@ def validate(state: TrainingState, validation: ValidationConfig, root: Path) -> 
     if left_out := batch.num_dropped + feed.bad.count:
         log.warning("validation: %d samples could not be used: %s", left_out, feed.bad.listed)
     state.model.eval()
-    with torch.no_grad():
-        (loss,) = sum_over_world(sum(forward_row(state, row).item() for row in batch.rows))
+    (loss,) = sum_over_world(sum_of_losses(state, batch.rows))
     state.model.train()
     return loss / batch.num_targets
 
@@ -282,7 +282,7 @@ def make_loader(state: TrainingState, data: DataConfig, root: Path) -> RowLoader
         data, root, encode, model.vision.image_size,
         data_rank=state.fold.data_rank, num_data_ranks=state.fold.num_data,
         sequence_rank=state.fold.sequence_rank, num_sequence_ranks=state.fold.num_sequence,
-        seed=state.config.seed,
+        decodes=state.fold.stage_number == 0, seed=state.config.seed,
     )  # fmt: skip
 
 

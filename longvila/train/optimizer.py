@@ -72,11 +72,14 @@ def add_lora(language_model: nn.Module, lora: LoraConfig) -> LoraModel:
     return adapted
 
 
-def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, config: OptimizerConfig, part: bool = False) -> torch.optim.AdamW:
     """AdamW over the trained parameters, grouped as `config.groups` says. Where a group names no weight decay, matrices
     decay; biases, norms (one dimension) and embeddings do not.
 
     The rate is 0 until `set_learning_rate`.
+
+    Args:
+        part: whether this is a part of a model, that of a pipeline's stage, in which a group may have no parameter.
 
     Raises:
         ConfigError: for a group without a parameter, or a trained parameter without a group.
@@ -100,13 +103,13 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
         members[index].setdefault(decay, []).append(parameter)
     groups = []
     for group, by_decay in zip(config.groups, members, strict=True):
-        if not by_decay:
+        if not by_decay and not part:
             raise ConfigError(
                 f"the optimizer's group '{group.match}' has no parameter: none of the trained ones match it that no "
                 f"earlier group took; they are {_some(names)}"
             )
         groups += [{"params": ps, "weight_decay": decay, "factor": group.rate} for decay, ps in by_decay.items()]
-    return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps)
+    return torch.optim.AdamW(groups or [{"params": [], "factor": 1.0}], lr=0.0, betas=config.betas, eps=config.eps)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from longvila.apply import attention_of
@@ -20,7 +22,7 @@ from longvila.parallel.fold import Fold
 from longvila.shards.rows import Row
 from longvila.train.engine import Engine
 from longvila.train.feed import Step
-from longvila.train.flops import ModelFlops, count_flops
+from longvila.train.flops import ModelFlops
 
 log = logging.getLogger(__name__)
 
@@ -34,16 +36,13 @@ class TrainingState:
     device: torch.device
     engine: Engine
     tokenizer: PreTrainedTokenizerBase
+    flops: ModelFlops
+    """What a row costs, to tell how well the devices are used."""
     skipped_in_a_row: int = 0
 
     @property
     def model(self) -> LongVilaModel:
         return self.engine.model
-
-    @cached_property
-    def flops(self) -> ModelFlops:
-        """What a row costs, to tell how well the devices are used."""
-        return count_flops(self.model)
 
 
 def take_step(state: TrainingState, batch: Step, rate: float) -> dict[str, float]:
@@ -57,11 +56,14 @@ def take_step(state: TrainingState, batch: Step, rate: float) -> dict[str, float
     loss, routers = 0.0, state.engine.routers
     if routers:
         routers.rows = len(batch.rows)
-    for index, row in enumerate(batch.rows):
-        output = forward_row(state, row)
-        # The only division: from here on every gradient is a plain sum over ranks.
-        state.engine.backward(output / batch.num_targets, last=index + 1 == len(batch.rows))
-        loss += output.item()
+    if state.engine.pipeline is not None:
+        loss = run_pipeline(state, batch.rows, batch.num_targets)
+    else:
+        for index, row in enumerate(batch.rows):
+            output = forward_row(state, row)
+            # The only division: from here on every gradient is a plain sum over ranks.
+            state.engine.backward(output / batch.num_targets, last=index + 1 == len(batch.rows))
+            loss += output.item()
     counted = {
         "tokens": sum(sum(row.lengths) for row in batch.rows),
         "frames": sum(sum(row.num_frames) for row in batch.rows),
@@ -88,13 +90,40 @@ def take_step(state: TrainingState, batch: Step, rate: float) -> dict[str, float
         "grad_norm": grad_norm,
         "target_tokens": batch.num_targets,
         **(routers.end_step(moved=not skipped) if routers else {}),
-        # The ranks of a sequence group all counted the same rows.
-        **{name: total / state.fold.num_sequence for name, total in zip(counted, sums, strict=True)},
+        # The ranks that read the same rows all counted them.
+        **{name: total / dist.get_world_size(state.fold.readers) for name, total in zip(counted, sums, strict=True)},
     }
+
+
+def sum_of_losses(state: TrainingState, rows: Sequence[Row]) -> float:
+    """The cross-entropy over this rank's targets of all `rows`, forward alone."""
+    with torch.no_grad():
+        if state.engine.pipeline is not None:
+            return run_pipeline(state, rows, 1, backward=False)
+        return sum(forward_row(state, row).item() for row in rows)
+
+
+def run_pipeline(state: TrainingState, rows: Sequence[Row], divisor: int, backward: bool = True) -> float:
+    """The same through a pipeline; gradients are those of each loss divided by `divisor`, the only division."""
+    assert state.engine.pipeline is not None
+    inputs = [prepare_row(state, row) for row in rows]
+    tokens = [each["input_ids"].shape[1] for each in inputs]
+    loss = state.engine.pipeline.run(inputs, tokens, divisor, backward)
+    if backward:
+        state.engine.end_rows()
+    return loss
 
 
 def forward_row(state: TrainingState, row: Row) -> torch.Tensor:
     """Sum of the cross-entropy over this rank's targets of one row."""
+    inputs = prepare_row(state, row)
+    inputs.pop("begin")()
+    inputs["frames"] = inputs["frames"].to(state.device)
+    return state.engine.forward(**inputs).loss_sum
+
+
+def prepare_row(state: TrainingState, row: Row) -> dict[str, Any]:
+    """What the model's forward takes of one row, its frames where they were decoded; and `begin`, called before it."""
     model, device = state.model, state.device
     local = shard_row(
         row.input_ids.to(device),
@@ -108,17 +137,20 @@ def forward_row(state: TrainingState, row: Row) -> torch.Tensor:
         state.config.parallel.routing,
         attention_of(state.model.language_model.config),
     )
-    if state.engine.routers:
-        state.engine.routers.is_frame = local.input_ids.flatten() == model.config.frame_token_id
-    output = state.engine.forward(
-        input_ids=local.input_ids,
-        frames=row.frames.to(device),
-        position_ids=local.position_ids,
-        labels=local.labels,
-        route=local.route,
-        plan=local.plan,
-    )
-    return output.loss_sum
+
+    def begin() -> None:
+        if state.engine.routers:
+            state.engine.routers.is_frame = local.input_ids.flatten() == model.config.frame_token_id
+
+    return {
+        "begin": begin,
+        "input_ids": local.input_ids,
+        "frames": row.frames,
+        "position_ids": local.position_ids,
+        "labels": local.labels,
+        "route": local.route,
+        "plan": local.plan,
+    }
 
 
 def _count_skipped(state: TrainingState, figures: str, keys: list[tuple[str, ...]]) -> None:

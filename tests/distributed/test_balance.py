@@ -84,7 +84,7 @@ def test_parts_of_ranks_sum_to_the_loss_of_all_tokens(counts):
 def errors(name, parallel, mixture, recompute):
     expected_loss, expected = test_models.reference(attach_plain_losses(test_models.make(name)))
     model, fold = test_models.make(name), make_fold(parallel, "cpu")
-    routers = apply_folds(model, fold, recompute=recompute, mixture=mixture)
+    routers = apply_folds(model, fold, recompute=recompute, mixture=mixture).routers
     ids, labels, positions = test_models.make_row()
     batch = shard_batch(
         test_models.LENGTHS, fold, parallel.layout, parallel.routing,
@@ -194,7 +194,7 @@ def test_a_model_whose_routers_losses_are_not_known_is_refused():
 def see_other_router():
     """A model whose losses are not known: what its experts are given is counted all the same."""
     model = make_other_mixture()
-    routers = apply_folds(model, make_fold(ParallelConfig(), "cpu"))
+    routers = apply_folds(model, make_fold(ParallelConfig(), "cpu")).routers
     ids, _, positions = test_models.make_row()
     batch = shard_batch(test_models.LENGTHS, make_fold(ParallelConfig(), "cpu"), input_ids=ids, position_ids=positions)
     model(**batch, use_cache=False)
@@ -274,7 +274,7 @@ def move_biases(parallel, folder):
 def steps_that_move_and_that_do_not():
     model = make_choosing().language_model
     fold = make_fold(ParallelConfig(), "cpu")
-    routers = apply_folds(model, fold, mixture=MixtureConfig(bias=STEP))
+    routers = apply_folds(model, fold, mixture=MixtureConfig(bias=STEP)).routers
     ids, _, positions = test_models.make_row()
     batch = shard_batch(test_models.LENGTHS, fold, input_ids=ids, position_ids=positions)
     seen = []

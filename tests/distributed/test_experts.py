@@ -251,7 +251,7 @@ def errors_with_capacity(name, parallel, mixture):
     routers = []
 
     def apply(model, fold, **options):
-        routers.append(apply_folds(model, fold, mixture=mixture, **options))
+        routers.append(apply_folds(model, fold, mixture=mixture, **options).routers)
 
     test_models.apply_folds, test_models.reference = apply, lambda _model: (expected_loss, expected)
     test_models.make = make

@@ -16,19 +16,26 @@ MANY = [
     (12, ParallelConfig(inner=3, experts=4)),
     (16, ParallelConfig(inner=2, head=2, tensor=2, experts=4)),
     (16, ParallelConfig(inner=2, experts=4, expert_tensor=2)),
+    (16, ParallelConfig(pipeline=2, inner=2, tensor=2, experts=4, expert_tensor=2)),
+    (16, ParallelConfig(pipeline=4, inner=2, head=2, placement="context_first")),
 ]
 
 
 @pytest.mark.parametrize(("world", "parallel"), MANY, ids=str)
 def test_every_rank_is_in_one_group_of_each_kind_and_groups_have_their_size(world, parallel):
     groups = fold_groups(parallel, world)
+    stage = world // parallel.pipeline
     sizes = {
-        "sequence": parallel.sequence, "data": world // parallel.sequence, "heads": parallel.head,
+        "sequence": parallel.sequence, "data": stage // parallel.sequence, "heads": parallel.head,
         "context": parallel.inner * parallel.outer, "ring": parallel.inner, "tensor": parallel.tensor,
     }  # fmt: skip
     if parallel.experts > 1:
         sizes |= {"experts": parallel.experts, "expert_tensor": parallel.expert_tensor}
-        sizes["copies"] = world // parallel.experts // parallel.expert_tensor
+        sizes["copies"] = stage // parallel.experts // parallel.expert_tensor
+    if parallel.pipeline > 1:
+        sizes |= {"pipeline": parallel.pipeline, "stage": stage, "readers": parallel.pipeline * parallel.sequence}
+        for name in sizes.keys() - {"pipeline", "readers"}:  # pipelines coincide: no other group leaves its stage
+            assert all(len({rank // stage for rank in group}) == 1 for group in groups[name])
     assert groups.keys() == sizes.keys()
     for name, size in sizes.items():
         assert sorted(rank for group in groups[name] for rank in group) == list(range(world))
@@ -45,6 +52,8 @@ def made_groups(parallel):
         "sequence": fold.sequence, "data": fold.mesh.get_group("data"), "heads": fold.heads, "context": fold.context,
         "ring": fold.links.inner, "tensor": fold.mesh.get_group("tensor"),
     }  # fmt: skip
+    if fold.num_stages > 1:
+        groups |= {"pipeline": fold.pipeline, "stage": fold.stage, "readers": fold.readers}
     if fold.experts is not None:
         groups |= {name: fold.experts.get_group(name) for name in EXPERT_AXES}
     return {name: dist.get_process_group_ranks(group) for name, group in groups.items()}
@@ -56,6 +65,8 @@ def made_groups(parallel):
     ParallelConfig(head=2, inner=2, outer=2, experts=2, placement="context_first"),
     ParallelConfig(head=2, inner=2),
     ParallelConfig(head=2, inner=2, tensor=2, placement="context_first"),
+    ParallelConfig(pipeline=2, inner=2, experts=2),
+    ParallelConfig(pipeline=2, head=2, inner=2, placement="context_first"),
 ], ids=str)  # fmt: skip
 def test_the_groups_that_are_made_are_these(parallel):
     groups = fold_groups(parallel, 8)

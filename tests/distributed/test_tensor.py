@@ -209,7 +209,7 @@ def a_parameter_left_out():
     model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SHAPE))
     apply_folds(model, make_fold(ParallelConfig(inner=2), "cpu"))
     model.model.layers[0].mlp.extra = torch.nn.Linear(2, 2)
-    check_rules(model)
+    check_rules(model, 2)
 
 
 def test_a_parameter_whose_gradient_nobody_sums_is_named():

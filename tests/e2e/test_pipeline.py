@@ -102,6 +102,22 @@ def test_a_stage_says_what_it_trained_and_how_it_went(trained):
     assert not any("mfu" in line for line in lines)  # nobody knows the peak of a CPU
 
 
+def test_a_pipeline_of_stages_trains_the_same_weights(trained):
+    path = write_stage(trained, "piped")
+    path.write_text(path.read_text().replace("ParallelConfig(inner=2)", "ParallelConfig(pipeline=2)"))
+    run("train", path, "--run", trained, ranks=2)
+    summary = json.loads((trained / "piped" / "summary.json").read_text())
+    assert summary["parts_moved"] == {"vision": False, "projector": True, "language_model": False}
+    whole, piped = ([json.loads(line) for line in (trained / name / "metrics.jsonl").read_text().splitlines()]
+                    for name in ("align", "piped"))  # fmt: skip
+    for name in ("tokens", "frames", "target_tokens", "flops"):
+        assert [line[name] for line in piped] == [line[name] for line in whole]
+    one, other = (load_file(trained / name / "model" / "model.safetensors") for name in ("align", "piped"))
+    assert one.keys() == other.keys()
+    for name, weight in one.items():
+        assert (other[name] - weight).abs().max() < 1e-4, name
+
+
 def test_adapters_are_merged_and_the_context_base_is_kept(trained):
     names = load_file(trained / "tune" / "model" / "model.safetensors")
     assert not [name for name in names if "lora" in name]

@@ -1,0 +1,138 @@
+"""Pipelines change nothing: loss, norm and gradients of a step of rows of different lengths, against one process."""
+
+import pytest
+import torch
+
+from longvila.bench import engines
+from longvila.bench.folding import Mapping, measure
+from longvila.config import MixtureConfig, ParallelConfig, ShardingConfig
+from longvila.errors import ConfigError
+from longvila.parallel.agree import sum_over_world
+from longvila.parallel.launch import RankError, run_ranks
+from longvila.parallel.pipeline import check_rows
+from longvila.shards.order import Cursor
+from longvila.train.checkpoint import Checkpoints, Position
+from longvila.train.engine import FSDP2Engine
+from longvila.train.loop import resume
+from longvila.train.step import sum_of_losses
+
+MAPPINGS = [
+    Mapping(2, ParallelConfig(pipeline=2), 0),
+    Mapping(2, ParallelConfig(pipeline=2), 0, tied=False),
+    Mapping(2, ParallelConfig(pipeline=2, chunks=2), 0, layers=5),
+    Mapping(2, ParallelConfig(pipeline=2, schedule="zero_bubble"), 0),
+    Mapping(2, ParallelConfig(pipeline=2, chunks=2, schedule="zero_bubble"), 0, layers=4, tied=False),
+    Mapping(4, ParallelConfig(pipeline=4), 0, layers=4),
+    Mapping(4, ParallelConfig(pipeline=2), 0),
+    Mapping(4, ParallelConfig(pipeline=2, inner=2), 0),
+    Mapping(4, ParallelConfig(pipeline=2, tensor=2, schedule="zero_bubble"), 0),
+    Mapping(4, ParallelConfig(pipeline=2, experts=2)),
+    Mapping(4, ParallelConfig(pipeline=2, inner=2, expert_tensor=2, schedule="zero_bubble")),
+    Mapping(4, ParallelConfig(pipeline=2, experts=2), mixture=MixtureConfig(capacity=1.0)),
+]
+
+
+@pytest.mark.parametrize("mapping", MAPPINGS, ids=[str(number) for number in range(len(MAPPINGS))])
+def test_a_step_through_a_pipeline_is_that_of_one_process(mapping):
+    row = measure(mapping)
+    assert row["loss_error"] < 1e-12
+    assert row["norm_error"] < 1e-9
+    assert row["gradient_error"] < 1e-11, row["worst"]
+
+
+def steps_of(parallel, count):
+    figures, _, weights = engines.engine_steps(parallel, "fsdp2", torch.float64, count)
+    return figures, weights
+
+
+@pytest.mark.parametrize("parallel", [ParallelConfig(pipeline=2), ParallelConfig(pipeline=2, schedule="zero_bubble")])
+def test_steps_of_a_pipeline_move_weights_as_those_of_one_process(parallel):
+    figures, _, expected = run_ranks(engines.plain_steps, 1, 3)[0]
+    found, weights = run_ranks(steps_of, 4, parallel, 3)[0]
+    for one, other in zip(found, figures, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-9)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-9)
+    for name, weight in expected.items():
+        assert (weights[name] - weight).abs().max() < 1e-9, name
+
+
+def losses_of(parallel):
+    state = engines.make_state(parallel)
+    step = engines.make_step(state.fold, 0)
+    losses = []
+    for _ in range(2):  # and nothing of the first is left
+        state.model.eval()
+        losses.append(sum_over_world(sum_of_losses(state, step.rows))[0] / step.num_targets)
+        state.model.train()
+    gradients = sum(parameter.grad is not None for parameter in state.model.parameters())
+    return losses, gradients, engines.take_steps(state, 0, 1)[0]["loss"]
+
+
+@pytest.mark.parametrize("parallel", [ParallelConfig(pipeline=2), ParallelConfig(pipeline=2, schedule="zero_bubble")])
+def test_the_loss_alone_is_that_of_a_step_and_leaves_no_gradient(parallel):
+    for losses, gradients, expected in run_ranks(losses_of, 2, parallel):
+        assert losses == pytest.approx([expected] * 2, rel=1e-12)
+        assert gradients == 0
+
+
+def save(parallel, folder):
+    state = engines.make_state(parallel)
+    engines.take_steps(state, 0, 2)
+    with Checkpoints(folder, 1) as checkpoints:
+        checkpoints.save(state.engine.state(), Position(2, Cursor(0, 0, 8)), state.config)
+    engines.take_steps(state, 2, 1)
+    return state.engine.weights()
+
+
+def go_on(parallel, folder):
+    state = engines.make_state(parallel)
+    resume(state.engine, Checkpoints(folder, 1))
+    engines.take_steps(state, 2, 1)
+    return state.engine.weights()
+
+
+@pytest.mark.parametrize(
+    ("saved", "then"), [(ParallelConfig(pipeline=2), ParallelConfig()), (ParallelConfig(), ParallelConfig(pipeline=2))]
+)
+def test_a_checkpoint_goes_on_with_and_without_a_pipeline(tmp_path, saved, then):
+    expected = run_ranks(save, 2, saved, tmp_path)[0]
+    resumed = run_ranks(go_on, 2, then, tmp_path)[0]
+    assert resumed.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert (resumed[name] - weight).abs().max() < 1e-9, name
+
+
+@pytest.mark.parametrize(
+    ("parallel", "fields", "words"),
+    [
+        (ParallelConfig(pipeline=2, chunks=2), {}, "4 stretches of layers, but Qwen3ForCausalLM has 2 layers"),
+        (ParallelConfig(pipeline=2, schedule="zero_bubble"), {"recompute": "all"}, "recompute=all"),
+        (ParallelConfig(pipeline=2), {"engine": "zero1"}, "does not go with the engine zero1"),
+        (ParallelConfig(pipeline=2), {"sharding": ShardingConfig(gradients="none")}, "leave sharding"),
+    ],
+)
+def test_what_a_pipeline_cannot_do_is_refused_before_it_runs(parallel, fields, words):
+    with pytest.raises(RankError, match=words):
+        run_ranks(refused, 2, parallel, fields)
+
+
+def refused(parallel, fields):
+    engines.make_state(parallel, **fields)
+
+
+def test_rows_that_no_schedule_orders_are_refused():
+    check_rows(1, 2)
+    check_rows(6, 2)
+    with pytest.raises(ConfigError, match="rows_per_step a multiple of 2"):
+        check_rows(5, 2)
+
+
+def fault_missing_sum():
+    FSDP2Engine.end_rows = lambda self: None
+
+
+def test_words_on_both_ends_need_the_sum_of_both():
+    row = measure(MAPPINGS[0], fault_missing_sum)
+    assert row["loss_error"] < 1e-12
+    assert row["gradient_error"] > 1e-3
+    assert "embed_tokens" in row["worst"]
