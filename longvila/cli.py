@@ -437,9 +437,10 @@ def folds(
 ) -> None:
     """The groups that ranks form under a choice of `parallel.*`, and which of them span nodes. Starts no process."""
     from longvila.config import ParallelConfig, override
-    from longvila.parallel.fold import fold_groups, share_between_nodes
+    from longvila.parallel.fold import experts_between_nodes, fold_groups
 
-    groups = fold_groups(functools.reduce(override, set_, ParallelConfig()), world)
+    parallel = functools.reduce(override, set_, ParallelConfig())
+    groups = fold_groups(parallel, world)
     rows = [
         {
             "group": name,
@@ -451,14 +452,8 @@ def folds(
         for name, members in groups.items()
     ]
     _print_table("folds", rows, f"{world} ranks in nodes of {node}")
-    spanning = next((row["span nodes"] for row in rows if row["group"] == "experts"), 0)
-    if spanning:
-        away = share_between_nodes(groups["experts"], node)
-        output.print(
-            f"[bold yellow]warning[/] {spanning} of {len(groups['experts'])} groups that share experts span nodes: "
-            f"routed evenly, {away:.0%} of what goes to experts leaves its node, in every layer and both ways; experts "
-            f"x expert_tensor <= {node} avoids it"
-        )
+    if warning := experts_between_nodes(parallel, world, node):
+        output.print(f"[bold yellow]warning[/] {warning}")
 
 
 @verb

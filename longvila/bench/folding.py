@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from longvila.apply.experts import is_experts
-from longvila.bench import engines
+from longvila.bench import bubble, engines
 from longvila.bench.bars import at_least, at_most, sections
 from longvila.bench.gradient_faults import FAULTS
 from longvila.config import MixtureConfig, ParallelConfig
@@ -36,7 +36,7 @@ from longvila.train.step import TrainingState, forward_row
 
 Rows = list[dict[str, Any]]
 
-GRADIENT, NORM, RESHARDED = 1e-11, 1e-9, 1e-11
+GRADIENT, NORM, RESHARDED, BUBBLE = 1e-11, 1e-9, 1e-11, 1e-12
 MAPPINGS_WANTED, FAULTS_WANTED = 16, 12
 EXPERTS, TOP_K, WIDTH = 8, 3, 48
 
@@ -128,6 +128,10 @@ def run(quick: bool, show: Callable[[str, Rows, str], None]) -> dict[str, Any]:
     )
     sizes = section("bytes", [row for each in chosen for row in measure_bytes(each)], "of all ranks, one row")
     caught = section("faults", [measure_fault(fault) for fault in faults], f"in {FAULTY.name}; the loss stays right")
+    waits = section(
+        "bubble", [bubble.measure(each) for each in (bubble.CASES[:3] if quick else bubble.CASES)],
+        "the order of work is measured; that every part takes one unit of time is a model",
+    )  # fmt: skip
     resharded = section("resharding", measure_resharding(), f"saved under {SAVED.name} by {SAVED.world}; the next step")
     section("nodes", cross_node_bytes(), "computed, not measured: even routing, bf16, nodes of 8, a token and layer")
     figures["bars"] = [
@@ -135,6 +139,11 @@ def run(quick: bool, show: Callable[[str, Rows, str], None]) -> dict[str, Any]:
         at_most("gradient_max_error", max(row["gradient_error"] for row in mappings), GRADIENT),
         at_most("norm_error", max(row["norm_error"] for row in mappings), NORM),
         at_most("bytes_mismatch", sum(abs(row["counted"] - row["formula"]) for row in sizes), 0),
+        at_most(
+            "bubble_error",
+            max(abs(row["bubble"] - row["formula"]) for row in waits if row["formula"] is not None),
+            BUBBLE,
+        ),
         at_least("faults_caught", sum(row["caught"] for row in caught), FAULTS_WANTED),
         at_most("reshard_max_error", max(row["gradient_error"] for row in resharded), RESHARDED),
     ]

@@ -249,6 +249,19 @@ def share_between_nodes(groups: list[list[int]], node: int) -> float:
     return sum(a != b for a, b in pairs) / len(pairs)
 
 
+def experts_between_nodes(parallel: ParallelConfig, world: int, node: int) -> str | None:
+    """What it costs that groups which share experts span nodes of `node` ranks, in words; None where none does."""
+    groups = fold_groups(parallel, world).get("experts", [])
+    spanning = sum(len({rank // node for rank in group}) > 1 for group in groups)
+    if not spanning:
+        return None
+    return (
+        f"{spanning} of {len(groups)} groups that share experts span nodes: routed evenly, "
+        f"{share_between_nodes(groups, node):.0%} of what goes to experts leaves its node, in every layer and both "
+        f"ways; experts x expert_tensor <= {node} avoids it"
+    )
+
+
 def make_fold(parallel: ParallelConfig, device_type: str) -> Fold:
     """Builds the mesh and this rank's groups. Collective: every rank of the world calls it.
 

@@ -12,6 +12,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -97,5 +98,8 @@ def _rank_main(
     # Plain pickle copies tensors; multiprocessing's would share memory with a process that is about to end.
     pipe.send_bytes(pickle.dumps(answer))
     pipe.close()
+    if answer[0]:  # else a rank that is done at once would break others that are still connecting to it
+        with suppress(Exception):
+            dist.barrier()
     # No clean-up: peers of a failed rank would wait for each other in it.
     os._exit(0)

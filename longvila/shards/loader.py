@@ -65,6 +65,7 @@ class RowLoader:
         Args:
             data_root: folder below which the shards of relative sources lie.
             image_size: height and width of the frames.
+            decodes: whether this rank needs frames at all.
 
         Raises:
             ConfigError: no shards, too few for the data ranks where they have no index, or a source of which nothing

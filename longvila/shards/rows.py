@@ -65,7 +65,8 @@ def pack(documents: Iterable[Document], row_tokens: int) -> Iterator[list[Docume
 def start_row(
     documents: list[Document], rank: int | None, num_ranks: int, decoder: Decoder, memory: FrameMemory, plan: int = 0
 ) -> Callable[[], Row]:
-    """Begins to decode what rank `rank` of a sequence group of `num_ranks` decodes of the row of `documents`.
+    """Begins to decode what rank `rank` of a sequence group of `num_ranks` decodes of the row of `documents`; nothing
+    where `rank` is None.
 
     Returns:
         What waits for the row.

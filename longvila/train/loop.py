@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +27,7 @@ from longvila.model.chat import ChatEncoder
 from longvila.model.rope import extend_context
 from longvila.model.vlm import LongVilaModel
 from longvila.parallel.agree import any_rank, barrier, max_over_world, sum_over_world
-from longvila.parallel.fold import Fold, make_fold, start_world
+from longvila.parallel.fold import Fold, experts_between_nodes, make_fold, start_world
 from longvila.parallel.lost import lost_ranks
 from longvila.shards.bad import BadSamples
 from longvila.shards.loader import RowLoader
@@ -148,6 +149,9 @@ def _start(config: StageConfig, run: Path, fold: Fold, device: torch.device) -> 
         log.info("%s trains %s", config.name, describe_parameters(model))
         sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
         total, trained = sum(size for size, _ in sizes), sum(size for size, moves in sizes if moves)
+        node = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+        if warning := experts_between_nodes(config.parallel, dist.get_world_size(), node):
+            log.warning(warning)
         log.info("\n".join(memory_table(total, trained, dist.get_world_size(), sharding_of(config), config.precision)))
     flops = count_flops(model)  # while it is whole
     return TrainingState(config, fold, device, make_engine(model, fold, config), tokenizer, flops)

@@ -5,7 +5,7 @@ import torch.distributed as dist
 
 from longvila.config import ParallelConfig
 from longvila.errors import ConfigError
-from longvila.parallel.fold import EXPERT_AXES, fold_groups, make_fold
+from longvila.parallel.fold import EXPERT_AXES, experts_between_nodes, fold_groups, make_fold
 from longvila.parallel.launch import run_ranks
 
 MANY = [
@@ -19,6 +19,15 @@ MANY = [
     (16, ParallelConfig(pipeline=2, inner=2, tensor=2, experts=4, expert_tensor=2)),
     (16, ParallelConfig(pipeline=4, inner=2, head=2, placement="context_first")),
 ]
+
+
+def test_what_expert_groups_between_nodes_cost_is_said():
+    assert experts_between_nodes(ParallelConfig(experts=8), 16, 8) is None
+    assert experts_between_nodes(ParallelConfig(), 16, 8) is None
+    said = experts_between_nodes(ParallelConfig(experts=16), 32, 8)
+    assert said is not None
+    assert said.startswith("2 of 2 groups")
+    assert "50% of what goes to experts leaves its node" in said
 
 
 @pytest.mark.parametrize(("world", "parallel"), MANY, ids=str)

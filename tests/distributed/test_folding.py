@@ -17,7 +17,9 @@ def test_the_mappings_use_every_axis_with_and_without_dropping():
     assert len(folding.MAPPINGS) >= folding.MAPPINGS_WANTED
 
 
-@pytest.mark.parametrize("mapping", folding.MAPPINGS, ids=lambda mapping: f"{mapping.world} ranks, {mapping.name}")
+@pytest.mark.parametrize(
+    "mapping", folding.MAPPINGS + folding.PIPELINES, ids=lambda mapping: f"{mapping.world} ranks, {mapping.name}"
+)
 def test_a_mapping_has_the_loss_norm_and_gradients_of_one_process(mapping):
     row = folding.measure(mapping)
     assert row["loss_error"] < 1e-12

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from longvila.bench import engines
+from longvila.bench import bubble, engines
 from longvila.bench.folding import Mapping, measure
 from longvila.config import MixtureConfig, ParallelConfig, ShardingConfig
 from longvila.errors import ConfigError
+from longvila.model.rope import extend_context
 from longvila.parallel.agree import sum_over_world
 from longvila.parallel.launch import RankError, run_ranks
 from longvila.parallel.pipeline import check_rows
@@ -136,3 +137,36 @@ def test_words_on_both_ends_need_the_sum_of_both():
     assert row["loss_error"] < 1e-12
     assert row["gradient_error"] > 1e-3
     assert "embed_tokens" in row["worst"]
+
+
+@pytest.mark.parametrize("parallel", [ParallelConfig(pipeline=2), ParallelConfig(pipeline=2, chunks=2)])
+def test_what_ranks_did_leaves_them_waiting_as_long_as_published(parallel):
+    row = bubble.measure(parallel)
+    assert row["actions"] == 2 * 2 * parallel.chunks * row["rows"]
+    assert row["bubble"] == pytest.approx(row["formula"], abs=1e-12)
+
+
+def test_weights_gradients_apart_make_ranks_wait_less():
+    row = bubble.measure(ParallelConfig(pipeline=2, schedule="zero_bubble"))
+    assert row["actions"] == 3 * 2 * row["rows"]
+    assert row["bubble"] < 1 / (row["rows"] + 1)
+
+
+def test_replayed_work_waits_for_what_it_needs():
+    first = [("forward", 0, 0), ("both", 0, 0)]
+    second = [("forward", 1, 0), ("inputs", 1, 0), ("weights", 1, 0)]
+    assert bubble.replay([first, second], 2) == (5, 6)
+
+
+def rebased(parallel):
+    state = engines.make_state(parallel, build=MAPPINGS[0].build)
+    extend_context(state.model.language_model, 50.0, 4096)
+    return engines.take_steps(state, 0, 1)[0]["loss"]
+
+
+def test_a_raised_rope_base_holds_under_every_fold():
+    (expected,) = run_ranks(rebased, 1, ParallelConfig())
+    (other,) = run_ranks(engines.plain_steps, 1, 1, MAPPINGS[0].build)[0][0]
+    assert abs(expected - other["loss"]) > 1e-6
+    for parallel in (ParallelConfig(tensor=2), ParallelConfig(pipeline=2)):
+        assert run_ranks(rebased, 2, parallel) == pytest.approx([expected] * 2, rel=1e-12)
