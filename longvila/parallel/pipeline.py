@@ -19,6 +19,9 @@ from longvila.config import ParallelConfig
 from longvila.errors import ConfigError
 from longvila.parallel.fold import Fold
 
+SPLITS_BACKWARD = torch.__version__ >= "2.14"  # compared as versions, not letter by letter
+"""Between 2.11, which cannot, and 2.14 none was tried."""
+
 
 class Chunk(Protocol):
     """A stretch of a model: a module whose forward takes what the chunk before it returned, (1, longest, D), but for
@@ -43,6 +46,11 @@ class Pipeline:
         """
         self.chunks, self._fold, self._width, self._dtype = chunks, fold, width, dtype
         self._zero_bubble = parallel.schedule == "zero_bubble"
+        if self._zero_bubble and not SPLITS_BACKWARD:
+            raise ConfigError(
+                f"parallel.schedule=zero_bubble needs torch 2.14 or newer; this one, {torch.__version__}, cannot split "
+                f"the backward of autograd functions; use 1f1b"
+            )
 
     def run(self, rows: Sequence[Any], tokens: Sequence[int], divisor: float, backward: bool = True) -> float:
         """The sum of the rows' losses on this rank, which only ranks of the last stage have. Collective over the world.
