@@ -70,15 +70,15 @@ def no_sum_over_the_tensor_group() -> None:
 
 def experts_over_the_dense_group() -> None:
     """Experts are summed over ranks that hold others too."""
-    _scale_experts(lambda mesh: mesh.size(1) * mesh.size(2))
+    _scale_experts(lambda mesh: mesh["experts"].size() * mesh["expert_tensor"].size())
 
 
 def a_factor_of_experts_copies() -> None:
-    _scale_experts(lambda mesh: 1 / mesh.size(0))
+    _scale_experts(lambda mesh: 1 / mesh["copies"].size())
 
 
 def a_factor_of_experts_ranks() -> None:
-    _scale_experts(lambda mesh: 1 / mesh.size(1))
+    _scale_experts(lambda mesh: 1 / mesh["experts"].size())
 
 
 def a_hundredth_is_lost() -> None:
