@@ -62,9 +62,9 @@ class Routers:
             router.register_forward_hook(self._add_loss)
 
     def _count(self, number: int, _experts: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if not torch.is_grad_enabled():
+        # What a backward computes again is not counted again: a pipeline may be at another row by then.
+        if not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
             return
-        # What is computed again is counted again, alike for every token: shares stay what they are.
         _, chosen, _ = inputs
         total = self._num_experts
         kinds = chosen if self.is_frame is None else chosen + total * self.is_frame[:, None]

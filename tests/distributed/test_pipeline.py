@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from longvila.bench import bubble, engines
+from longvila.bench import bubble, engines, folding
 from longvila.bench.folding import Mapping, measure
 from longvila.config import MixtureConfig, ParallelConfig, ShardingConfig
 from longvila.errors import ConfigError
@@ -174,3 +174,21 @@ def test_a_raised_rope_base_holds_under_every_fold():
     assert abs(expected - other["loss"]) > 1e-6
     for parallel in (ParallelConfig(tensor=2), ParallelConfig(pipeline=2)):
         assert run_ranks(rebased, 2, parallel) == pytest.approx([expected] * 2, rel=1e-12)
+
+
+def recomputed(mapping, recompute):
+    state = engines.make_state(mapping.parallel, build=mapping.build, recompute=recompute)
+    return folding._observed_step(state, 0)
+
+
+@pytest.mark.parametrize("recompute", ["all", "save_attention"])
+def test_layers_that_are_computed_again_are_so_for_their_own_row(recompute):
+    mapping = Mapping(4, ParallelConfig(pipeline=2, experts=2))
+    (expected,), gradients, _ = folding._expected(mapping)
+    once = run_ranks(recomputed, 4, mapping, "none")[0][0]
+    figures, found = run_ranks(recomputed, 4, mapping, recompute)[0]
+    assert figures["loss"] == pytest.approx(expected["loss"], rel=1e-12)
+    for name in ("expert_load", "expert_load_text", "expert_load_frames"):
+        assert figures[name] == once[name]
+    for name, gradient in gradients.items():
+        assert (found[name] - gradient).abs().max() < 1e-11 * gradient.abs().max(), name
