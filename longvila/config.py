@@ -170,6 +170,9 @@ class ParallelConfig:
     chunks: int = 1
     """Stretches of layers that each rank of a pipeline holds; with more, the pipeline is interleaved: it fills faster
     and sends more."""
+    stage_layers: tuple[int, ...] = ()
+    """How many layers each stretch of a pipeline has, in their order, `pipeline` x `chunks` of them; none means as even
+    as they go. The first and the last may have 0: the tower and the words, or the output matrix, are work too."""
     schedule: ScheduleName = "1f1b"
     """Of a pipeline: one forward, one backward (interleaved with more than one chunk), or `zero_bubble`, which does the
     gradients of weights apart from those of what layers take in, when there is nothing better to do."""

@@ -21,7 +21,7 @@ import torch
 from transformers import PreTrainedModel
 
 from longvila.apply.attention import ATTENTION, NUMBER, attention_of
-from longvila.apply.experts import set_up_experts
+from longvila.apply.experts import check_mixture, set_up_experts
 from longvila.apply.parameters import blocks, shard_parameters
 from longvila.apply.pipeline import keep_own_layers, make_chunks
 from longvila.apply.tensor import cut_matrices
@@ -78,7 +78,9 @@ def apply_folds(
             f"parallel.schedule=zero_bubble goes through a layer's backward twice and would compute it again twice "
             f"(recompute={recompute}); use recompute=none, or the schedule 1f1b"
         )
-    layers = keep_own_layers(cast(LongVilaModel, model), fold, parallel.chunks) if stages > 1 else []
+    mixture = mixture or MixtureConfig()
+    num_experts = check_mixture(getattr(model, "language_model", model), fold, mixture)  # a stage may have none of them
+    layers = keep_own_layers(cast(LongVilaModel, model), fold, parallel) if stages > 1 else []
     language_model = getattr(model, "language_model", model)
     language_model.set_attn_implementation(ATTENTION)
     if recompute_keeps is not None:
@@ -100,7 +102,7 @@ def apply_folds(
             "leave sharding.* out"
         )
     cut = cut_matrices(language_model, fold.tensor["tensor"]) if fold.tensor is not None else []
-    routers = set_up_experts(language_model, fold, mixture or MixtureConfig())
+    routers = set_up_experts(language_model, num_experts, fold, mixture) if num_experts else None
     if recompute != "none":
         # transformers 5.24 renamed it; earlier ones have the old name alone.
         new_name = getattr(language_model, "activation_checkpointing_enable", None)

@@ -84,39 +84,55 @@ class DispatchedExperts(nn.Module):
             self._parameters.update(shared)
 
 
-def set_up_experts(language_model: PreTrainedModel, fold: Fold, mixture: MixtureConfig) -> Routers | None:
-    """Leaves each rank its share of the experts of every mixture, and watches what is chosen; in place.
+def check_mixture(language_model: PreTrainedModel, fold: Fold, mixture: MixtureConfig) -> int:
+    """How many experts each mixture of a model has, 0 for a model that is none. Changes nothing.
 
     A mixture's experts are a module of transformers with `num_experts`, whose parameters all begin with that dimension,
     and whose forward takes tokens, their experts and their weights.
 
-    Returns:
-        The routers; None for a model that is no mixture.
+    Args:
+        language_model: with all its layers.
 
     Raises:
-        ConfigError: experts are to be shared out and there are none, or they do not divide; losses or biases are asked
-            for that this model has not.
+        ConfigError: experts are to be shared out and there are none, or they differ in number; losses or biases are
+            asked for that this model has not.
     """
-    capacity = capacity_of(mixture)
-    blocks = [module for module in language_model.modules() if any(map(is_experts, module.children()))]
-    found: list[Any] = [child for block in blocks for child in block.children() if is_experts(child)]
-    kind, mesh = type(language_model).__name__, fold.experts
+    blocks, found = _mixtures_of(language_model)
+    kind = type(language_model).__name__
     asked = {
-        "parallel.experts": mesh is not None,
-        "mixture.capacity": capacity is not None,
+        "parallel.experts": fold.experts is not None,
+        "mixture.capacity": capacity_of(mixture) is not None,
         "mixture.bias": mixture.bias != 0,
     }
+    _check_losses(language_model, _routers_of(language_model), mixture)
     if not found:
         if names := [name for name, given in asked.items() if given]:
             raise ConfigError(f"{' and '.join(names)} given, but {kind} has no experts to share out; leave it out")
-        _check_losses(language_model, [], mixture)
-        return None
-    total: int = found[0].num_experts
+        return 0
+    numbers = sorted({module.num_experts for module in found})
+    if len(numbers) > 1:
+        raise ConfigError(f"layers of {kind} have {numbers} experts; only equal numbers are known")
+    if mixture.bias and len(_biases_of(blocks)) != len(found):
+        raise ConfigError(
+            f"mixture.bias={mixture.bias:g}, but the routers of {kind} have no bias ({BIAS}): the model that is "
+            f"exported would choose other experts than the one trained; use mixture.balance"
+        )
+    return numbers[0]
+
+
+def set_up_experts(language_model: PreTrainedModel, num_experts: int, fold: Fold, mixture: MixtureConfig) -> Routers:
+    """Leaves each rank its share of the experts of every mixture, and watches what is chosen; in place.
+
+    Args:
+        language_model: what this rank's stage has of it, which may be no mixture at all.
+        num_experts: of each, as `check_mixture` says.
+
+    Raises:
+        ConfigError: experts or their matrices do not divide.
+    """
+    capacity, mesh = capacity_of(mixture), fold.experts
+    blocks, found = _mixtures_of(language_model)
     for module in found:
-        if module.num_experts != total:
-            raise ConfigError(
-                f"layers of {kind} have {total} and {module.num_experts} experts; only equal ones are known"
-            )
         if mesh is not None:
             _share_out(module, mesh, _styles_of(language_model, module) if mesh["expert_tensor"].size() > 1 else {})
         if mesh is not None or capacity is not None:
@@ -127,17 +143,20 @@ def set_up_experts(language_model: PreTrainedModel, fold: Fold, mixture: Mixture
             if mesh is not None and mesh["expert_tensor"].size() > 1:
                 module.tensor_ranks = mesh.get_group("expert_tensor")
             module.capacity = capacity
-    biases = [buffer for block in blocks for name, buffer in block.named_buffers() if name.endswith(BIAS)]
-    if mixture.bias and len(biases) != len(found):
-        raise ConfigError(
-            f"mixture.bias={mixture.bias:g}, but the routers of {kind} have no bias ({BIAS}): the model that is "
-            f"exported would choose other experts than the one trained; use mixture.balance"
-        )
     group = fold.sequence if mixture.over == "sequence" else fold.stage
-    routers = _routers_of(language_model)
-    _check_losses(language_model, routers, mixture)
-    with_losses = routers if mixture.balance or mixture.z else []
-    return Routers(found, total, with_losses, biases if mixture.bias else [], mixture, group, fold)
+    with_losses = _routers_of(language_model) if mixture.balance or mixture.z else []
+    biases = _biases_of(blocks) if mixture.bias else []
+    return Routers(found, num_experts, with_losses, biases, mixture, group, fold)
+
+
+def _mixtures_of(language_model: nn.Module) -> tuple[list[nn.Module], list[Any]]:
+    """The blocks that hold experts, and the experts of each."""
+    blocks = [module for module in language_model.modules() if any(map(is_experts, module.children()))]
+    return blocks, [child for block in blocks for child in block.children() if is_experts(child)]
+
+
+def _biases_of(blocks: list[nn.Module]) -> list[Tensor]:
+    return [buffer for block in blocks for name, buffer in block.named_buffers() if name.endswith(BIAS)]
 
 
 def _styles_of(language_model: PreTrainedModel, experts: nn.Module) -> dict[str, str]:
@@ -204,7 +223,7 @@ def _check_losses(language_model: PreTrainedModel, routers: list[nn.Module], mix
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether a module is the experts of a mixture, as `set_up_experts` describes them."""
+    """Whether a module is the experts of a mixture, as `check_mixture` describes them."""
     total, parameters = getattr(module, "num_experts", None), list(module.parameters())
     if not parameters or parameters[0].ndim != 3 or any(p.shape[0] != total for p in parameters):
         return False

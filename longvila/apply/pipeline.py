@@ -9,12 +9,14 @@ lies on both ends, whose gradients are summed (`train/engine.py`).
 from __future__ import annotations
 
 import copy
+from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from longvila.config import ParallelConfig
 from longvila.errors import ConfigError
 from longvila.model.vlm import LongVilaModel
 from longvila.parallel.batch import frame_share
@@ -90,14 +92,36 @@ def is_tied(language_model: Any) -> bool:
     return language_model.get_input_embeddings().weight is language_model.get_output_embeddings().weight
 
 
-def keep_own_layers(model: LongVilaModel, fold: Fold, chunks: int) -> list[range]:
+def stretches(layers: int, parallel: ParallelConfig) -> list[range]:
+    """The layers of each stretch of a pipeline: as `parallel.stage_layers` says, or evenly.
+
+    Raises:
+        ConfigError: there are fewer layers than stretches, or other than they add up to.
+    """
+    count, sizes = parallel.pipeline * parallel.chunks, parallel.stage_layers
+    if not sizes:
+        if count > layers:
+            raise ConfigError(
+                f"parallel.pipeline={parallel.pipeline} x chunks={parallel.chunks} are {count} stretches of layers, "
+                f"but the language model has {layers} layers; use fewer"
+            )
+        return [frame_share(layers, number, count) for number in range(count)]
+    if sum(sizes) != layers:
+        raise ConfigError(
+            f"parallel.stage_layers={list(sizes)} are {sum(sizes)} layers, but the language model has {layers}"
+        )
+    ends = list(accumulate(sizes))
+    return [range(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+
+
+def keep_own_layers(model: LongVilaModel, fold: Fold, parallel: ParallelConfig) -> list[range]:
     """Drops the layers, and what lies before and behind them, that other stages hold, in place.
 
     Returns:
         The layers of each of this rank's chunks.
 
     Raises:
-        ConfigError: there are fewer layers than chunks, or a decoder is built otherwise.
+        ConfigError: layers cannot be shared out as asked, or a decoder is built otherwise.
     """
     if not isinstance(model, LongVilaModel):
         raise ConfigError(f"parallel.pipeline={fold.num_stages} goes with a LongVilaModel, not {type(model).__name__}")
@@ -109,15 +133,9 @@ def keep_own_layers(model: LongVilaModel, fold: Fold, chunks: int) -> list[range
             f"parallel.pipeline={fold.num_stages}: {type(decoder).__name__} has no {' and no '.join(missing)}, so that "
             f"its layers cannot be shared out; use 1"
         )
-    total = chunks * fold.num_stages
-    if total > len(decoder.layers):
-        raise ConfigError(
-            f"parallel.pipeline={fold.num_stages} x chunks={chunks} are {total} stretches of layers, but "
-            f"{type(language_model).__name__} has {len(decoder.layers)} layers; use fewer"
-        )
-    numbers = [chunk * fold.num_stages + fold.stage_number for chunk in range(chunks)]
-    own = [frame_share(len(decoder.layers), number, total) for number in numbers]
-    first, last, tied = 0 in numbers, total - 1 in numbers, is_tied(language_model)
+    own = stretches(len(decoder.layers), parallel)[fold.stage_number :: fold.num_stages]
+    first, last = fold.stage_number == 0, fold.stage_number == fold.num_stages - 1
+    tied = is_tied(language_model)
     for number, layer in enumerate(decoder.layers):
         if not any(number in layers for layers in own):
             decoder.layers[number] = elsewhere(layer)

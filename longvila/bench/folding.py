@@ -8,7 +8,7 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,8 @@ class Mapping:
     mixture: MixtureConfig = field(default_factory=MixtureConfig)
     layers: int = 2
     tied: bool = True
+    dense: tuple[int, ...] = ()
+    """Layers without experts."""
 
     @property
     def name(self) -> str:
@@ -59,6 +61,7 @@ class Mapping:
         data = self.world // self.parallel.sequence // self.parallel.pipeline
         sizes = {"data": data, **{axis: getattr(self.parallel, axis) for axis in axes}}
         names = [f"{axis} {size}" for axis, size in sizes.items() if size > 1]
+        names += ["layers " + "+".join(map(str, self.parallel.stage_layers))] * bool(self.parallel.stage_layers)
         return " ".join(names + ["zero bubble"] * (self.parallel.schedule == "zero_bubble"))
 
     @property
@@ -69,7 +72,7 @@ class Mapping:
         return f"above {mixture.capacity:g} by {mixture.keeps}" + ", padded" * mixture.pads
 
     def build(self) -> LongVilaModel:
-        return make_model(heads=(4, 2), experts=self.experts, layers=self.layers, tied=self.tied)
+        return make_model(heads=(4, 2), experts=self.experts, layers=self.layers, tied=self.tied, dense=self.dense)
 
 
 MAPPINGS = (
@@ -171,13 +174,13 @@ def measure(mapping: Mapping, fault: Callable[[], None] | None = None) -> dict[s
 def _expected(mapping: Mapping) -> tuple:
     """Of one process, which knows no ranks where nothing is dropped."""
     if mapping.mixture.capacity is None:
-        return _expected_of(mapping.experts, mapping.layers, mapping.tied)
+        return _expected_of(replace(mapping, world=1, parallel=ParallelConfig()))
     return run_ranks(_plain_step, 1, mapping)[0]
 
 
 @lru_cache(maxsize=2)
-def _expected_of(experts: int, layers: int, tied: bool) -> tuple:
-    return run_ranks(_plain_step, 1, Mapping(1, ParallelConfig(), experts, layers=layers, tied=tied))[0]
+def _expected_of(mapping: Mapping) -> tuple:
+    return run_ranks(_plain_step, 1, mapping)[0]
 
 
 def measure_fault(fault: Callable[[], None]) -> dict[str, Any]:

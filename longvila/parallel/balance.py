@@ -92,18 +92,20 @@ class Routers:
         """
         seen = [counts for counts in self._counts if counts is not None]
         self._counts = [None] * len(self._counts)
-        if not seen:
-            return {}
-        counts = torch.stack(seen)
-        dist.all_reduce(counts, group=self._stage)
-        text, frames, dropped = counts.split([self._num_experts, self._num_experts, 1], dim=1)
-        if moved:
+        sizes = [self._num_experts, self._num_experts, 1]
+        counts = torch.stack(seen) if seen else torch.zeros(0, sum(sizes), dtype=torch.long)
+        if seen:
+            dist.all_reduce(counts, group=self._stage)
+        text, frames, dropped = counts.split(sizes, dim=1)
+        if seen and moved:
             for bias, chosen in zip(self._biases, text + frames, strict=bool(self._biases)):
                 move_bias(bias, chosen, self._config.bias)
-        # From here on of the layers of all stages.
+        # From here on of the layers of all stages, of which some may have no mixture.
         everyone: list[Any] = [None] * dist.get_world_size(self._pipeline)
         dist.all_gather_object(everyone, counts.cpu(), group=self._pipeline)
-        text, frames, dropped = torch.cat(everyone).split([self._num_experts, self._num_experts, 1], dim=1)
+        if not len(counts := torch.cat(everyone)):
+            return {}
+        text, frames, dropped = counts.split(sizes, dim=1)
 
         def load(part: Tensor) -> float:
             return float((part.amax(1) * part.shape[1] / part.sum(1).clamp(min=1)).max())

@@ -165,10 +165,17 @@ def check_world(parallel: ParallelConfig, world: int) -> int:
             f"parallel.pipeline={parallel.pipeline} stages, of parallel.chunks={parallel.chunks} stretches of layers a "
             f"rank, do not divide the world of {world} ranks; both must be at least 1, and the stages a divisor of it"
         )
-    if parallel.pipeline == 1 and (parallel.chunks, parallel.schedule) != (1, "1f1b"):
+    stretches, layers = parallel.pipeline * parallel.chunks, parallel.stage_layers
+    if parallel.pipeline == 1 and (parallel.chunks, parallel.schedule, layers) != (1, "1f1b", ()):
         raise ConfigError(
-            f"parallel.chunks={parallel.chunks} and parallel.schedule={parallel.schedule} are of a pipeline, and "
-            f"parallel.pipeline is 1; leave them out, or give it more stages"
+            f"parallel.chunks={parallel.chunks}, parallel.schedule={parallel.schedule} and parallel.stage_layers="
+            f"{list(layers)} are of a pipeline, and parallel.pipeline is 1; leave them out, or give it more stages"
+        )
+    if layers and (len(layers) != stretches or min(layers) < 0 or 0 in layers[1:-1]):
+        raise ConfigError(
+            f"parallel.stage_layers={list(layers)} must be {stretches} numbers, for parallel.pipeline="
+            f"{parallel.pipeline} stages of parallel.chunks={parallel.chunks} stretches, of which the first and the "
+            f"last alone may be 0"
         )
     whole, world = world, world // parallel.pipeline
     ranks = f"world of {whole} ranks" if whole == world else f"{world} ranks of a stage"

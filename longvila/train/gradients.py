@@ -7,6 +7,7 @@ plain cross-entropy on labels shifted here. Everything is fp64, so what is left 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -83,8 +84,9 @@ def cases(world: int) -> list[Case]:
 
 
 def make_model(
-    seed: int = 0, heads: tuple[int, int] = (6, 3), experts: int = 0, layers: int = 2, tied: bool = True
-) -> LongVilaModel:
+    seed: int = 0, heads: tuple[int, int] = (6, 3), experts: int = 0, layers: int = 2, tied: bool = True,
+    dense: Sequence[int] = (),
+) -> LongVilaModel:  # fmt: skip
     """A small vision-language model in fp64: 3-block ViT, 2x2 projector, Qwen3.
 
     Args:
@@ -92,6 +94,7 @@ def make_model(
         experts: in each layer, of which a token has 3; 0 makes the language model dense.
         layers: of the language model.
         tied: whether the output matrix is that of the words.
+        dense: layers that have no experts even so.
     """
     torch.manual_seed(seed)
     vision = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 3, "head_width": 16, "mlp_ratio": 2.0}
@@ -107,7 +110,12 @@ def make_model(
     text: Qwen3Config | Qwen3MoeConfig = Qwen3Config(**shape)
     if experts:
         text = Qwen3MoeConfig(
-            **shape, num_experts=experts, num_experts_per_tok=3, moe_intermediate_size=24, norm_topk_prob=True
+            **shape,
+            num_experts=experts,
+            num_experts_per_tok=3,
+            moe_intermediate_size=24,
+            norm_topk_prob=True,
+            mlp_only_layers=list(dense),
         )
     config = LongVilaConfig(tower=tower, projector="downsample_mlp", text_config=text, frame_token_id=FRAME)
     model = LongVilaModel(config).double().train()

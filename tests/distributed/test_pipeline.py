@@ -9,6 +9,7 @@ from longvila.config import MixtureConfig, ParallelConfig, ShardingConfig
 from longvila.errors import ConfigError
 from longvila.model.rope import extend_context
 from longvila.parallel.agree import sum_over_world
+from longvila.parallel.fold import check_world
 from longvila.parallel.launch import RankError, run_ranks
 from longvila.parallel.pipeline import SPLITS_BACKWARD, check_rows
 from longvila.shards.order import Cursor
@@ -32,6 +33,9 @@ MAPPINGS = [
     Mapping(4, ParallelConfig(pipeline=2, experts=2)),
     Mapping(4, ParallelConfig(pipeline=2, inner=2, expert_tensor=2, schedule="zero_bubble")),
     Mapping(4, ParallelConfig(pipeline=2, experts=2), mixture=MixtureConfig(capacity=1.0)),
+    Mapping(2, ParallelConfig(pipeline=2, chunks=2, stage_layers=(0, 2, 2, 1)), 0, layers=5),
+    Mapping(2, ParallelConfig(pipeline=2, stage_layers=(2, 0)), 0, tied=False),
+    Mapping(4, ParallelConfig(pipeline=2, experts=2, stage_layers=(1, 2)), layers=3, dense=(0,)),
 ]
 MAPPINGS = [each for each in MAPPINGS if SPLITS_BACKWARD or each.parallel.schedule == "1f1b"]
 
@@ -109,7 +113,8 @@ def test_a_checkpoint_goes_on_with_and_without_a_pipeline(tmp_path, saved, then)
 @pytest.mark.parametrize(
     ("parallel", "fields", "words"),
     [
-        (ParallelConfig(pipeline=2, chunks=2), {}, "4 stretches of layers, but Qwen3ForCausalLM has 2 layers"),
+        (ParallelConfig(pipeline=2, chunks=2), {}, "4 stretches of layers, but the language model has 2 layers"),
+        (ParallelConfig(pipeline=2, stage_layers=(2, 1)), {}, "are 3 layers, but the language model has 2"),
         (ZERO_BUBBLE, {"recompute": "all"}, "recompute=all"),
         (ParallelConfig(pipeline=2), {"engine": "zero1"}, "does not go with the engine zero1"),
         (ParallelConfig(pipeline=2), {"sharding": ShardingConfig(gradients="none")}, "leave sharding"),
@@ -122,6 +127,31 @@ def test_what_a_pipeline_cannot_do_is_refused_before_it_runs(parallel, fields, w
 
 def refused(parallel, fields):
     engines.make_state(parallel, **fields)
+
+
+@pytest.mark.parametrize("layers", [(2,), (1, 2, 0), (1, 0, 1, 0), (-1, 1, 1, 1)])
+def test_layers_of_stages_that_no_pipeline_has_are_refused_without_ranks(layers):
+    with pytest.raises(ConfigError, match=r"must be 4 numbers, for parallel\.pipeline=2"):
+        check_world(ParallelConfig(pipeline=2, chunks=2, stage_layers=layers), 2)
+    with pytest.raises(ConfigError, match=r"parallel\.pipeline is 1"):
+        check_world(ParallelConfig(stage_layers=layers), 2)
+
+
+def balanced(parallel, mixture):
+    build = Mapping(4, parallel, layers=3, dense=(0,)).build
+    state = engines.make_state(parallel, build=build, mixture=mixture)
+    return folding._observed_step(state, 0)
+
+
+def test_a_stage_without_experts_has_the_figures_and_losses_of_the_others():
+    mixture = MixtureConfig(balance=0.1, z=0.01, over="sequence")
+    expected, gradients = run_ranks(balanced, 1, ParallelConfig(), mixture)[0]
+    results = run_ranks(balanced, 4, ParallelConfig(pipeline=2, experts=2, stage_layers=(1, 2)), mixture)
+    for figures, _ in results:
+        assert figures["expert_load"] == expected["expert_load"]
+        assert figures["experts_idle"] == expected["experts_idle"]
+    for name, gradient in gradients.items():
+        assert (results[0][1][name] - gradient).abs().max() < 1e-11 * gradient.abs().max(), name
 
 
 def test_rows_that_no_schedule_orders_are_refused():
