@@ -15,7 +15,7 @@ from torch import Tensor
 from longvila import apply
 from longvila.apply import experts as mixtures
 from longvila.apply import parameters, tensor
-from longvila.parallel import experts
+from longvila.parallel import experts, pipeline
 from longvila.train import engine
 
 
@@ -139,6 +139,22 @@ def parts_of_experts_averaged() -> None:
     experts.spread_sums = lambda *arguments: _scaled(real(*arguments), 0.5)
 
 
+def ends_without_their_sum() -> None:
+    """Words that are the output matrix too have gradients of both ends of a pipeline, and each keeps its own."""
+    engine.FSDP2Engine.end_rows = lambda self: None
+
+
+def rows_averaged() -> None:
+    """torch's schedules divide gradients by the number of rows unless they are told not to."""
+    real: Any = pipeline.ScheduleInterleaved1F1B
+    changed: Any = lambda *arguments, **named: real(*arguments, **{**named, "scale_grads": True})  # noqa: E731
+    pipeline.ScheduleInterleaved1F1B = changed  # type: ignore[misc]
+
+
+def a_norm_of_one_stage() -> None:
+    engine.over_stages = lambda value, fold: [value]
+
+
 FAULTS: tuple[Callable[[], None], ...] = (
     no_sum_over_the_tensor_group, experts_over_the_dense_group, a_factor_of_experts_copies, a_factor_of_experts_ranks,
     a_hundredth_is_lost, a_norm_over_the_tensor_group, cut_matrices_over_the_tensor_group, sums_spread_are_averaged,
@@ -146,3 +162,5 @@ FAULTS: tuple[Callable[[], None], ...] = (
     parts_of_experts_averaged,
 )  # fmt: skip
 """The first six are those that were found to leave the loss exact in a prototype of MoE Parallel Folding."""
+OF_PIPELINES: tuple[Callable[[], None], ...] = (ends_without_their_sum, rows_averaged, a_norm_of_one_stage)
+"""What a pipeline adds to them."""
