@@ -19,7 +19,7 @@ from longvila.errors import ConfigError
 
 IGNORE = -100
 LOGIT_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
-"""Of one chunk's logits in fp32, by device. Two such tensors exist at a time: logits and their gradient. 64 MiB are
+"""Of one chunk's logits in fp32, by device, which become their gradient in place. 64 MiB are
 110 targets of 152 thousand words: enough for a CPU's matrix products, and little beside the gradient of an output
 matrix (152 thousand words x 3584 are 2.2 GB), which each chunk reads and writes once. A GPU multiplies so much faster
 than it reads that this would take it longer than the products themselves: it takes 882 targets at a time."""
@@ -153,17 +153,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 product = F.linear(part.detach(), weight.detach(), bias.detach() if bias is not None else None)
                 product.requires_grad_(any(needed))
                 logits = finish(product).to(exact)
-            rest = logits.detach()
-            log_sum = rest.logsumexp(-1, keepdim=True)
-            target = labels[some, None]
-            total += (log_sum - rest.gather(-1, target)).sum()
+            # By hand and in place: autograd would hold three more tensors of this size, and logsumexp one.
+            rest, target = logits.detach(), labels[some, None]
+            largest, own = rest.amax(-1, keepdim=True), rest.gather(-1, target)
+            sums = rest.sub_(largest).exp_().sum(-1, keepdim=True)
+            total += (largest + sums.log() - own).sum()
             if not any(needed):
                 continue
-            # Softmax less one at the target, by hand: autograd would hold two more tensors of this size.
-            slope = (rest - log_sum).exp_()
+            slope = rest.div_(sums)  # the softmax, less one at the target
             slope.scatter_add_(-1, target, slope.new_full((), -1.0).expand(target.shape))
             (grad,) = torch.autograd.grad(logits, product, slope)
-            del logits, rest, slope
+            del product, logits, rest, slope
             if grad_hidden is not None:
                 grad_hidden[some] = grad @ weight
             if grad_weight is not None and wide == grad.dtype:
