@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -97,11 +98,15 @@ def compare_gradients(tokens: int) -> Rows:
 
 
 def measure_lengths(lengths: tuple[int, ...]) -> Rows:
-    """Time and memory of a step. Two steps are taken up to 8K tokens, and the faster counts; else one."""
+    """Time and memory of a step. Two steps are taken up to 8K tokens, and the faster counts; else one.
+
+    Cores that share caches and memory are slower together: up to 8K tokens two Trainers at once, each a step of its
+    own, tell how much of a difference between one process and two ranks is the machine's. No bar counts them.
+    """
     rows = []
     for tokens in lengths:
+        steps = 2 if tokens <= LENGTHS[0] else 1
         for name in RANKS:
-            steps = 2 if tokens <= LENGTHS[0] else 1
             cell = _cell(name, WIDE, tokens, steps)
             if tokens <= LENGTHS[0]:  # ours alone: memory to spare, so weights are gathered once a step, not twice
                 cell = replace(cell, parameters="none")
@@ -112,6 +117,18 @@ def measure_lengths(lengths: tuple[int, ...]) -> Rows:
                     "peak_mib_per_rank": round(max(result.peaks, default=0) / 2**20),
                     "cpu_us_per_token": min(result.seconds) / tokens * 1e6 if result.seconds else None,
                     "why_not": _reason(result),
+                }
+            )  # fmt: skip
+        if tokens <= LENGTHS[0]:
+            with ThreadPoolExecutor(2) as both:
+                pair = list(both.map(lambda cell: _run(cell, CELL), [_cell(TRAINER, WIDE, tokens, steps)] * 2))
+            times = [min(result.seconds) for result in pair if result.seconds]
+            rows.append(
+                {
+                    "contender": f"{TRAINER}, two at once", "tokens_per_step": tokens, "ranks": 1,
+                    "peak_mib_per_rank": round(max(max(result.peaks, default=0) for result in pair) / 2**20),
+                    "cpu_us_per_token": sum(times) / 2 / tokens * 1e6 if len(times) == 2 else None,
+                    "why_not": "; ".join(filter(None, map(_reason, pair))),
                 }
             )  # fmt: skip
     return rows
