@@ -1,19 +1,24 @@
 """Pipelines change nothing: loss, norm and gradients of a step of rows of different lengths, against one process."""
 
+from functools import partial
+
 import pytest
 import torch
+import transformers
 
 from longvila.bench import bubble, engines, folding
 from longvila.bench.folding import Mapping, measure
 from longvila.config import MixtureConfig, ParallelConfig, ShardingConfig
 from longvila.errors import ConfigError
 from longvila.model.rope import extend_context
+from longvila.model.vlm import LongVilaConfig, LongVilaModel
 from longvila.parallel.agree import sum_over_world
 from longvila.parallel.fold import check_world
 from longvila.parallel.launch import RankError, run_ranks
 from longvila.parallel.pipeline import SPLITS_BACKWARD, check_rows
 from longvila.shards.order import Cursor
 from longvila.train.checkpoint import Checkpoints, Position
+from longvila.train.gradients import make_model
 from longvila.train.loop import resume
 from longvila.train.step import sum_of_losses
 
@@ -45,6 +50,59 @@ def test_a_step_through_a_pipeline_is_that_of_one_process(mapping):
     assert row["loss_error"] < 1e-12
     assert row["norm_error"] < 1e-9
     assert row["gradient_error"] < 1e-11, row["worst"]
+
+
+SHAPE = {
+    "vocab_size": 64, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0,
+}  # fmt: skip
+MODELS = {
+    "llama": partial(transformers.LlamaConfig, **SHAPE),
+    "mistral": partial(transformers.MistralConfig, **SHAPE, sliding_window=6),
+    "gemma3": partial(
+        transformers.Gemma3TextConfig, **SHAPE, sliding_window=5, query_pre_attn_scalar=8,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "mixtral": partial(
+        transformers.MixtralConfig, **SHAPE, num_local_experts=4, num_experts_per_tok=2, sliding_window=None
+    ),
+    "qwen2_moe": partial(
+        transformers.Qwen2MoeConfig, **SHAPE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+        shared_expert_intermediate_size=24,
+    ),
+}  # fmt: skip
+
+
+def build_around(name):
+    """As `make_model`, with another language model in it."""
+    own = make_model().config
+    torch.manual_seed(0)
+    config = LongVilaConfig(
+        tower=own.tower, projector=own.projector, text_config=MODELS[name](), frame_token_id=own.frame_token_id
+    )
+    model = LongVilaModel(config).double().train()
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.endswith("mlp.gate.weight"):
+            torch.nn.init.normal_(parameter, std=0.5)
+    model.language_model.set_experts_implementation("eager")
+    return model
+
+
+def step_around(name, parallel):
+    return folding._observed_step(engines.make_state(parallel, build=partial(build_around, name)), 0)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_other_language_models_have_the_step_of_one_rank(name):
+    shared = {"experts": 2} if name in ("mixtral", "qwen2_moe") else {"inner": 2}
+    expected, gradients = run_ranks(step_around, 1, name, ParallelConfig())[0]
+    figures, found = run_ranks(step_around, 4, name, ParallelConfig(pipeline=2, **shared))[0]
+    assert figures["loss"] == pytest.approx(expected["loss"], rel=1e-12)
+    assert figures["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-9)
+    assert found.keys() == gradients.keys()
+    bound = 1e-6 if name == "gemma3" else 1e-11  # Gemma's norms compute in fp32, whatever goes in
+    for parameter, gradient in gradients.items():
+        assert (found[parameter] - gradient).abs().max() < bound * gradient.abs().max(), parameter
 
 
 def steps_of(parallel, count):
