@@ -10,7 +10,7 @@ from longvila.apply import apply_folds
 from longvila.apply import experts as mixtures
 from longvila.apply.experts import is_experts
 from longvila.bench import engines
-from longvila.bench.folding import kept_of
+from longvila.bench.mapping import kept_of
 from longvila.config import MixtureConfig, ParallelConfig, ShardingConfig
 from longvila.errors import ConfigError
 from longvila.parallel.choose import make_plan
