@@ -434,13 +434,27 @@ def folds(
         list[str],
         typer.Option("--set", metavar="FIELD=VALUE", help="A field of `parallel`, e.g. inner=4; may be repeated."),
     ] = [],  # noqa: B006
+    model: Annotated[
+        str | None, typer.Option(help="A model's folder or name: whether it has layers and experts enough.")
+    ] = None,
 ) -> None:
     """The groups that ranks form under a choice of `parallel.*`, and which of them span nodes. Starts no process."""
     from longvila.config import ParallelConfig, override
+    from longvila.errors import ConfigError
     from longvila.parallel.fold import experts_between_nodes, fold_groups
 
     parallel = functools.reduce(override, set_, ParallelConfig())
     groups = fold_groups(parallel, world)
+    if model is not None:
+        from transformers import AutoConfig
+
+        from longvila.apply import check_fits
+
+        try:
+            config = AutoConfig.from_pretrained(model)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"--model {model}: no configuration of a model there ({error})") from None
+        check_fits(config, parallel)
     rows = [
         {
             "group": name,

@@ -18,12 +18,12 @@ from collections.abc import Collection
 from typing import NamedTuple, cast
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from longvila.apply.attention import ATTENTION, NUMBER, attention_of
-from longvila.apply.experts import check_mixture, set_up_experts
+from longvila.apply.experts import check_experts, check_mixture, set_up_experts
 from longvila.apply.parameters import blocks, shard_parameters
-from longvila.apply.pipeline import keep_own_layers, make_chunks
+from longvila.apply.pipeline import keep_own_layers, make_chunks, stretches
 from longvila.apply.tensor import cut_matrices
 from longvila.config import MixtureConfig, ParallelConfig, RecomputeName, ShardingConfig
 from longvila.errors import ConfigError
@@ -34,7 +34,7 @@ from longvila.parallel.fold import Fold
 from longvila.parallel.pipeline import Pipeline
 from longvila.parallel.recompute import checkpoint_arguments
 
-__all__ = ["Applied", "apply_folds", "attention_of", "blocks"]
+__all__ = ["Applied", "apply_folds", "attention_of", "blocks", "check_fits"]
 
 
 class Applied(NamedTuple):
@@ -44,6 +44,20 @@ class Applied(NamedTuple):
     """Of a mixture: they count what they choose."""
     pipeline: Pipeline | None
     """What runs the model, whose own forward lacks the layers of other stages."""
+
+
+def check_fits(config: PretrainedConfig, parallel: ParallelConfig) -> None:
+    """Whether a language model has layers and experts enough, known from its configuration alone.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    with torch.device("meta"):
+        language_model = AutoModelForCausalLM.from_config(config.get_text_config())
+    if parallel.pipeline > 1:
+        stretches(len(language_model.get_decoder().layers), parallel)
+    if parallel.experts > 1:
+        check_experts(language_model, parallel.experts)
 
 
 def apply_folds(

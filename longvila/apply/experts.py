@@ -149,6 +149,23 @@ def set_up_experts(language_model: PreTrainedModel, num_experts: int, fold: Fold
     return Routers(found, num_experts, with_losses, biases, mixture, group, fold)
 
 
+def check_experts(language_model: PreTrainedModel, ranks: int) -> None:
+    """Raises ConfigError where the experts of a model cannot be shared out among parallel.experts=`ranks`."""
+    _, found = _mixtures_of(language_model)
+    if not found:
+        raise ConfigError(f"parallel.experts={ranks}, but {type(language_model).__name__} has no experts; use 1")
+    for module in found:
+        _check_division(module.num_experts, type(module).__name__, ranks)
+
+
+def _check_division(experts: int, kind: str, ranks: int) -> None:
+    if experts % ranks:
+        raise ConfigError(
+            f"{experts} experts of {kind} cannot be shared out evenly among parallel.experts={ranks} ranks; use a "
+            f"divisor of {experts}"
+        )
+
+
 def _mixtures_of(language_model: nn.Module) -> tuple[list[nn.Module], list[Any]]:
     """The blocks that hold experts, and the experts of each."""
     blocks = [module for module in language_model.modules() if any(map(is_experts, module.children()))]
@@ -170,11 +187,7 @@ def _styles_of(language_model: PreTrainedModel, experts: nn.Module) -> dict[str,
 def _share_out(module: Any, mesh: DeviceMesh, styles: dict[str, str]) -> None:
     """Leaves this rank its experts, or its parts of them: `styles` says of each parameter how matrices are cut."""
     *_, ranks, parts = mesh.shape
-    if module.num_experts % ranks:
-        raise ConfigError(
-            f"{module.num_experts} experts of {type(module).__name__} cannot be shared out evenly among parallel."
-            f"experts={ranks} ranks; use a divisor of {module.num_experts}"
-        )
+    _check_division(module.num_experts, type(module).__name__, ranks)
     module.num_experts //= ranks
     for name, parameter in list(module._parameters.items()):
         assert parameter is not None
