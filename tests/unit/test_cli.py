@@ -149,6 +149,9 @@ def test_folds_of_a_dense_model_share_no_experts(tmp_path: Path):
     result = runner.invoke(app, ["show", "folds", "--world", "8", "--model", str(tmp_path), "--set", "experts=2"])
     assert result.exit_code == 1
     assert "parallel.experts=2, but Qwen3ForCausalLM has no experts" in " ".join(result.output.split())
+    result = runner.invoke(app, ["show", "folds", "--world", "8", "--model", str(tmp_path / "absent")])
+    assert result.exit_code == 1
+    assert "no configuration of a model there" in " ".join(result.output.split())
 
 
 def test_doctor_names_what_the_machine_has():
