@@ -56,8 +56,8 @@ def check_fits(config: PretrainedConfig, parallel: ParallelConfig) -> None:
         language_model = AutoModelForCausalLM.from_config(config.get_text_config())
     if parallel.pipeline > 1:
         stretches(len(language_model.get_decoder().layers), parallel)
-    if parallel.experts > 1:
-        check_experts(language_model, parallel.experts)
+    if parallel.experts * parallel.expert_tensor > 1:
+        check_experts(language_model, parallel)
 
 
 def apply_folds(

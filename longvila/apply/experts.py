@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import PreTrainedModel
 
 from longvila.apply.attention import ATTENTION
-from longvila.config import MixtureConfig
+from longvila.config import MixtureConfig, ParallelConfig
 from longvila.errors import ConfigError
 from longvila.parallel.balance import Routers, capacity_of
 from longvila.parallel.experts import Capacity, dispatch
@@ -149,13 +149,21 @@ def set_up_experts(language_model: PreTrainedModel, num_experts: int, fold: Fold
     return Routers(found, num_experts, with_losses, biases, mixture, group, fold)
 
 
-def check_experts(language_model: PreTrainedModel, ranks: int) -> None:
-    """Raises ConfigError where the experts of a model cannot be shared out among parallel.experts=`ranks`."""
+def check_experts(language_model: PreTrainedModel, parallel: ParallelConfig) -> None:
+    """Raises ConfigError where the experts of a model, or the matrices of each, cannot be shared out as asked."""
     _, found = _mixtures_of(language_model)
     if not found:
-        raise ConfigError(f"parallel.experts={ranks}, but {type(language_model).__name__} has no experts; use 1")
+        raise ConfigError(
+            f"parallel.experts={parallel.experts} and expert_tensor={parallel.expert_tensor}, but "
+            f"{type(language_model).__name__} has no experts; leave them out"
+        )
     for module in found:
-        _check_division(module.num_experts, type(module).__name__, ranks)
+        kind = type(module).__name__
+        _check_division(module.num_experts, kind, parallel.experts)
+        if parallel.expert_tensor > 1:
+            styles = _styles_of(language_model, module)
+            for name, parameter in module._parameters.items():
+                _cut_of(name, parameter, kind, styles.get(name), parallel.expert_tensor)
 
 
 def _check_division(experts: int, kind: str, ranks: int) -> None:

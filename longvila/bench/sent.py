@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -94,7 +95,7 @@ def _formula(mapping: Mapping) -> Counter[str]:
     stages = [[layer for stretch in owned[stage :: p.pipeline] for layer in stretch] for stage in range(p.pipeline)]
     world = mapping.world // p.pipeline
     """Ranks of a stage."""
-    groups = fold_groups(ParallelConfig(**{**vars(p), "pipeline": 1, "chunks": 1, "schedule": "1f1b"}), world)
+    groups = fold_groups(replace(p, pipeline=1, chunks=1, schedule="1f1b", stage_layers=()), world)
     num_data = len(groups["sequence"])
     found: Counter[str] = Counter()
     lengths: list[list[int]] = []

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import Qwen3Config, Qwen3MoeConfig
+from transformers import PretrainedConfig, Qwen3Config, Qwen3MoeConfig
 
 from longvila.apply import apply_folds
 from longvila.config import LayoutName, ParallelConfig, RoutingName
@@ -85,7 +85,7 @@ def cases(world: int) -> list[Case]:
 
 def make_model(
     seed: int = 0, heads: tuple[int, int] = (6, 3), experts: int = 0, layers: int = 2, tied: bool = True,
-    dense: Sequence[int] = (),
+    dense: Sequence[int] = (), text: PretrainedConfig | None = None,
 ) -> LongVilaModel:  # fmt: skip
     """A small vision-language model in fp64: 3-block ViT, 2x2 projector, Qwen3.
 
@@ -95,6 +95,7 @@ def make_model(
         layers: of the language model.
         tied: whether the output matrix is that of the words.
         dense: layers that have no experts even so.
+        text: another language model, of 64 words and width 48, in the place of all that.
     """
     torch.manual_seed(seed)
     vision = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 3, "head_width": 16, "mlp_ratio": 2.0}
@@ -107,8 +108,9 @@ def make_model(
         "vocab_size": 64, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": layers,
         "num_attention_heads": heads[0], "num_key_value_heads": heads[1], "head_dim": 8, "tie_word_embeddings": tied,
     }  # fmt: skip
-    text: Qwen3Config | Qwen3MoeConfig = Qwen3Config(**shape)
-    if experts:
+    if text is None and not experts:
+        text = Qwen3Config(**shape)
+    elif text is None:
         text = Qwen3MoeConfig(
             **shape,
             num_experts=experts,

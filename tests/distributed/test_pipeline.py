@@ -11,7 +11,6 @@ from longvila.bench.folding import Mapping, measure
 from longvila.config import MixtureConfig, ParallelConfig, ShardingConfig
 from longvila.errors import ConfigError
 from longvila.model.rope import extend_context
-from longvila.model.vlm import LongVilaConfig, LongVilaModel
 from longvila.parallel.agree import sum_over_world
 from longvila.parallel.fold import check_world
 from longvila.parallel.launch import RankError, run_ranks
@@ -73,23 +72,9 @@ MODELS = {
 }  # fmt: skip
 
 
-def build_around(name):
-    """As `make_model`, with another language model in it."""
-    own = make_model().config
-    torch.manual_seed(0)
-    config = LongVilaConfig(
-        tower=own.tower, projector=own.projector, text_config=MODELS[name](), frame_token_id=own.frame_token_id
-    )
-    model = LongVilaModel(config).double().train()
-    for parameter_name, parameter in model.named_parameters():
-        if parameter_name.endswith("mlp.gate.weight"):
-            torch.nn.init.normal_(parameter, std=0.5)
-    model.language_model.set_experts_implementation("eager")
-    return model
-
-
 def step_around(name, parallel):
-    return folding._observed_step(engines.make_state(parallel, build=partial(build_around, name)), 0)
+    build = partial(make_model, text=MODELS[name]())
+    return folding._observed_step(engines.make_state(parallel, build=build), 0)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -130,6 +130,9 @@ def test_folds_are_shown_without_a_process_and_experts_that_span_nodes_are_warne
     [
         (["experts=4", "pipeline=2"], ""),
         (["experts=8"], "4 experts of Qwen3MoeExperts cannot be shared out evenly among parallel.experts=8 ranks"),
+        (["experts=2", "expert_tensor=4"], ""),
+        (["expert_tensor=8"], ""),
+        (["expert_tensor=16"], "8 neurons of gate_up_proj of Qwen3MoeExperts cannot be shared out evenly among"),
         (["pipeline=4"], "4 stretches of layers, but the language model has 3 layers"),
         (["pipeline=2", "stage_layers=[1, 1]"], "are 2 layers, but the language model has 3"),
     ],
@@ -138,7 +141,7 @@ def test_folds_that_a_model_is_too_small_for_are_refused_without_a_process(tmp_p
     Qwen3MoeConfig(num_hidden_layers=3, num_experts=4, hidden_size=32, moe_intermediate_size=8).save_pretrained(
         tmp_path
     )
-    arguments = ["show", "folds", "--world", "8", "--model", str(tmp_path)]
+    arguments = ["show", "folds", "--world", "16", "--model", str(tmp_path)]
     result = runner.invoke(app, [*arguments, *(word for choice in choices for word in ("--set", choice))])
     assert result.exit_code == bool(words), result.output
     assert words in " ".join(result.output.split())
@@ -148,7 +151,9 @@ def test_folds_of_a_dense_model_share_no_experts(tmp_path: Path):
     Qwen3Config(num_hidden_layers=2, hidden_size=32).save_pretrained(tmp_path)
     result = runner.invoke(app, ["show", "folds", "--world", "8", "--model", str(tmp_path), "--set", "experts=2"])
     assert result.exit_code == 1
-    assert "parallel.experts=2, but Qwen3ForCausalLM has no experts" in " ".join(result.output.split())
+    assert "parallel.experts=2 and expert_tensor=1, but Qwen3ForCausalLM has no experts" in " ".join(
+        result.output.split()
+    )
     result = runner.invoke(app, ["show", "folds", "--world", "8", "--model", str(tmp_path / "absent")])
     assert result.exit_code == 1
     assert "no configuration of a model there" in " ".join(result.output.split())
