@@ -10,7 +10,6 @@ from longvila.apply import apply_folds
 from longvila.bench import engines
 from longvila.config import MixtureConfig, ParallelConfig
 from longvila.errors import ConfigError
-from longvila.model.vlm import LongVilaConfig, LongVilaModel
 from longvila.parallel.balance import router_loss
 from longvila.parallel.batch import shard_batch
 from longvila.parallel.fold import make_fold
@@ -229,16 +228,8 @@ STEP = 0.25
 
 def make_choosing(seed=0):
     """The small vision-language model around a GLM 4 mixture, whose routers have such a bias."""
-    torch.manual_seed(seed)
     text = transformers.Glm4MoeConfig(**{**CHOOSING, "vocab_size": 64, "hidden_size": 48, "num_hidden_layers": 2})
-    tower = DENSE(seed).config.tower
-    config = LongVilaConfig(tower=tower, projector="downsample_mlp", text_config=text, frame_token_id=FRAME)
-    model = LongVilaModel(config).double().train()
-    for name, parameter in model.named_parameters():
-        if name.endswith("mlp.gate.weight"):
-            torch.nn.init.normal_(parameter, std=0.5)
-    model.language_model.set_experts_implementation("eager")
-    return model
+    return DENSE(seed, text=text)
 
 
 def with_choosing(function, *arguments):
