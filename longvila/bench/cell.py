@@ -2,12 +2,13 @@
 
 What a rank weighs is its peak resident memory (`VmHWM`) less what it held once everything was imported, before the
 model was built. Ranks are watched from outside: one that passes the limit of memory or of CPU time ends the cell, and
-the cell says which. Time is CPU time (`time.process_time`), summed over ranks.
+the cell says which. Time is CPU time (`time.process_time`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import socket
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,12 +104,24 @@ class Result:
     over_time: bool = False
     peaks: tuple[int, ...] = ()
     """Bytes of each rank; where the cell was ended, as far as it had come."""
-    seconds: tuple[float, ...] = ()
-    """CPU time of each step, summed over ranks."""
+    seconds: tuple[tuple[float, ...], ...] = ()
+    """CPU time of each rank: of each of its steps."""
     losses: tuple[float, ...] = ()
     norm: float = 0.0
     without_gradient: tuple[str, ...] = ()
     gradients: dict[str, Tensor] | None = None
+
+
+def least_seconds(rounds: Sequence[Sequence[Sequence[float]]]) -> float:
+    """CPU time of a step, summed over ranks, as it is while nothing else disturbs: of each rank the least.
+
+    A rank does the same work each time, and what disturbs it comes to one core at a time. The least of sums would wait
+    for a moment at which all ranks are left alone, and so favour those who have few.
+
+    Args:
+        rounds: seconds of each step of each rank in each round; at least one step of each.
+    """
+    return sum(min(itertools.chain(*of_rank)) for of_rank in zip(*rounds, strict=True))
 
 
 def run_cell(cell: Cell, limits: Limits) -> Result:
@@ -134,7 +148,7 @@ def run_cell(cell: Cell, limits: Limits) -> Result:
         saved = folder / "gradients.pt"
         return Result(
             peaks=tuple(one["peak"] for one in found),
-            seconds=tuple(sum(step) for step in zip(*(one["seconds"] for one in found), strict=True)),
+            seconds=tuple(tuple(one["seconds"]) for one in found),
             losses=tuple(found[0]["losses"]),
             norm=found[0]["norm"],
             without_gradient=tuple(found[0]["without_gradient"]),

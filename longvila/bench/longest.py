@@ -73,8 +73,8 @@ def _next(fits: dict[int, Result], too_long: int | None, memory: int, first: int
 
 
 def _seconds(result: Result, tokens: int, wanted: int) -> float:
-    """CPU time of a rank, if all of it grew with the square of the tokens: attention's does."""
-    return sum(result.seconds) / len(result.peaks) * (wanted / tokens) ** 2
+    """CPU time of the slowest rank, if all of it grew with the square of the tokens: attention's does."""
+    return max(map(sum, result.seconds)) * (wanted / tokens) ** 2
 
 
 def _round(tokens: float) -> int:

@@ -7,7 +7,7 @@ activation checkpointing and AdamW. Sections are lists of rows, as in the JSON f
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from longvila.bench import engines
 from longvila.bench.bars import at_least, at_most, sections
-from longvila.bench.cell import GIB, Cell, Limits, Result, TextModel, run_cell
+from longvila.bench.cell import GIB, Cell, Limits, Result, TextModel, least_seconds, run_cell
 from longvila.bench.longest import find_longest
 
 Rows = list[dict[str, Any]]
@@ -34,6 +34,7 @@ TILE = 1024
 """Tokens of a tile, and of ALST's at this width about as many: tokens / width tiles."""
 CELL = Limits(memory=10 * GIB, seconds=1200, of_all=True)
 LENGTHS = (8192, 32_768, 131_072)
+ROUNDS = 3
 WORDY_TOKENS = 4096
 GRADIENT_TOKENS = 2048
 FRAMES, TOKENS_PER_FRAME, TEXT = 1400, 196, 64
@@ -63,7 +64,8 @@ def run(quick: bool, budget: float, show: Show) -> dict[str, Any]:
     tokens = 512 if quick else GRADIENT_TOKENS
     note = f"first step, {tokens} tokens: max |difference| / max |reference| of the worst parameter; one plain process"
     gradients = section("gradients", compare_gradients(tokens), note)
-    lengths = section("lengths", measure_lengths((1024,) if quick else LENGTHS), f"{WIDE}; {CELL}; {MEMORY_NOTE}")
+    measured = measure_lengths((1024,), rounds=1) if quick else measure_lengths(LENGTHS, ROUNDS)
+    lengths = section("lengths", measured, f"{WIDE}; {CELL}; {MEMORY_NOTE}")
     if quick:
         skipped = [{"section": name, "why": "--quick"} for name in ("vocabulary", "context", "film")]
         section("skipped", skipped, "their bars are not claimed, nor those of 8K tokens")
@@ -97,41 +99,40 @@ def compare_gradients(tokens: int) -> Rows:
     return rows
 
 
-def measure_lengths(lengths: tuple[int, ...]) -> Rows:
-    """Time and memory of a step. Two steps are taken up to 8K tokens, and the faster counts; else one.
+def measure_lengths(lengths: tuple[int, ...], rounds: int) -> Rows:
+    """Time and memory of a step. Up to 8K tokens, `rounds` times two steps of each contender, in turns, so that a
+    machine that grows busier favours none, and of each process the least time counts; else one step.
 
     Cores that share caches and memory are slower together: up to 8K tokens two Trainers at once, each a step of its
     own, tell how much of a difference between one process and two ranks is the machine's. No bar counts them.
     """
     rows = []
     for tokens in lengths:
-        steps = 2 if tokens <= LENGTHS[0] else 1
-        for name in RANKS:
-            cell = _cell(name, WIDE, tokens, steps)
-            if tokens <= LENGTHS[0]:  # ours alone: memory to spare, so weights are gathered once a step, not twice
-                cell = replace(cell, parameters="none")
-            result = _run(cell, CELL)
-            rows.append(
-                {
-                    "contender": name, "tokens_per_step": tokens, "ranks": RANKS[name],
-                    "peak_mib_per_rank": round(max(result.peaks, default=0) / 2**20),
-                    "cpu_us_per_token": min(result.seconds) / tokens * 1e6 if result.seconds else None,
-                    "why_not": _reason(result),
-                }
-            )  # fmt: skip
-        if tokens <= LENGTHS[0]:
-            with ThreadPoolExecutor(2) as both:
-                pair = list(both.map(lambda cell: _run(cell, CELL), [_cell(TRAINER, WIDE, tokens, steps)] * 2))
-            times = [min(result.seconds) for result in pair if result.seconds]
-            rows.append(
-                {
-                    "contender": f"{TRAINER}, two at once", "tokens_per_step": tokens, "ranks": 1,
-                    "peak_mib_per_rank": round(max(max(result.peaks, default=0) for result in pair) / 2**20),
-                    "cpu_us_per_token": sum(times) / 2 / tokens * 1e6 if len(times) == 2 else None,
-                    "why_not": "; ".join(filter(None, map(_reason, pair))),
-                }
-            )  # fmt: skip
+        short = tokens <= LENGTHS[0]
+        cells = {name: _cell(name, WIDE, tokens, steps=2 if short else 1) for name in RANKS}
+        if short:  # ours alone: memory to spare, so weights are gathered once a step, not twice
+            cells[OURS] = replace(cells[OURS], parameters="none")
+        found: dict[str, list[Result]] = {name: [] for name in cells}
+        pairs: list[Result] = []
+        for _ in range(rounds if short else 1):
+            for name, cell in cells.items():
+                found[name].append(_run(cell, CELL))
+            if short:
+                with ThreadPoolExecutor(2) as both:
+                    pairs += both.map(lambda cell: _run(cell, CELL), [cells[TRAINER]] * 2)
+        rows += [_length_row(name, tokens, RANKS[name], results) for name, results in found.items()]
+        if pairs:
+            rows.append(_length_row(f"{TRAINER}, two at once", tokens, 1, pairs))
     return rows
+
+
+def _length_row(name: str, tokens: int, ranks: int, results: Sequence[Result]) -> dict[str, Any]:
+    return {
+        "contender": name, "tokens_per_step": tokens, "ranks": ranks,
+        "peak_mib_per_rank": round(max(peak for result in results for peak in (0, *result.peaks)) / 2**20),
+        "cpu_us_per_token": _us_per_token(results, tokens),
+        "why_not": "; ".join(dict.fromkeys(filter(None, map(_reason, results)))),
+    }  # fmt: skip
 
 
 def measure_vocabulary() -> Rows:
@@ -142,7 +143,7 @@ def measure_vocabulary() -> Rows:
         rows.append(
             {
                 "contender": name, "ranks": RANKS[name], "peak_mib_of_all_ranks": round(sum(result.peaks) / 2**20),
-                "cpu_us_per_token": min(result.seconds) / WORDY_TOKENS * 1e6 if result.seconds else None,
+                "cpu_us_per_token": _us_per_token([result], WORDY_TOKENS),
                 "why_not": _reason(result),
             }
         )  # fmt: skip
@@ -178,7 +179,7 @@ def measure_film() -> dict[str, Any]:
     return {
         "done": done, "tokens": tokens, "frames": FRAMES, "ranks": cell.ranks,
         "loss": result.losses[0] if result.losses else None, "gradient_norm": result.norm,
-        "cpu_seconds": sum(result.seconds), "peak_mib_per_rank": round(max(result.peaks) / 2**20),
+        "cpu_seconds": sum(map(sum, result.seconds)), "peak_mib_per_rank": round(max(result.peaks) / 2**20),
         "why_not": result.why_not or ", ".join(result.without_gradient),
     }  # fmt: skip
 
@@ -239,6 +240,13 @@ def _absent(name: str) -> str | None:
     needed = {TRAINER: ("accelerate",), ALST: ("accelerate", "deepspeed")}.get(name, ())
     missing = [package for package in needed if importlib.util.find_spec(package) is None]
     return f"{' and '.join(missing)} not installed; pip install 'longvila[deepspeed]'" if missing else None
+
+
+def _us_per_token(rounds: Sequence[Result], tokens: int) -> float | None:
+    """CPU time, summed over ranks."""
+    if not all(result.seconds for result in rounds):
+        return None
+    return least_seconds([result.seconds for result in rounds]) / tokens * 1e6
 
 
 def _reason(result: Result) -> str:

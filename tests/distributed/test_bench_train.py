@@ -22,7 +22,7 @@ def test_a_cell_of_two_ranks_gives_the_gradients_of_one_plain_process():
     _, error = train._worst(result.gradients, plain.gradients)
     assert error < 1e-4
     assert result.losses[0] == pytest.approx(plain.losses[0], rel=1e-5)
-    assert len(result.seconds) == len(result.losses) == 2
+    assert [len(steps) for steps in result.seconds] == [len(result.losses)] * 2 == [2, 2]
     assert min(result.peaks) > 0
     assert not result.without_gradient
 
@@ -54,6 +54,10 @@ def test_a_rank_that_the_machine_ends_is_told_from_one_that_fails(monkeypatch):
     assert run_cell(Cell("longvila", TINY, 64), ROOMY).why_not == "rank 0 was ended by signal 9"
 
 
+def test_time_is_the_least_of_each_rank_over_steps_and_rounds():
+    assert cell.least_seconds([[[3.0, 2.0], [5.0, 9.0]], [[4.0, 2.5], [4.5, 6.0]]]) == 2.0 + 4.5
+
+
 def search(bytes_per_token, fixed=0.0, seconds=0.0):
     """A search under a limit of 1000 bytes and 100 s, on a machine that takes `seconds` for 1024 tokens."""
     limits, tried = Limits(1000, 100), []
@@ -64,7 +68,7 @@ def search(bytes_per_token, fixed=0.0, seconds=0.0):
         return (
             Result(f"memory: {peak}", True)
             if peak > limits.memory
-            else Result(peaks=(peak,), seconds=(seconds * (tokens / 1024) ** 2,))
+            else Result(peaks=(peak,), seconds=((seconds * (tokens / 1024) ** 2,),))
         )
 
     return find_longest(run, limits, 1024), tried
