@@ -25,6 +25,7 @@ from longvila.config import (
     Phase,
     StageConfig,
 )
+from longvila.difference import relative_error
 from longvila.model.vlm import LongVilaModel
 from longvila.parallel.batch import frame_share, shift_labels
 from longvila.parallel.fold import Fold, make_fold
@@ -198,9 +199,9 @@ def measure(quick: bool = False) -> list[dict[str, Any]]:
 def errors(found: tuple, expected: tuple, exact: bool) -> dict[str, Any]:
     """What a run of `engine_steps` differs by from `plain_steps`; `exact` demands fp64's bound of the gradients."""
     figures, first, weights = found
-    norms = [abs(a["grad_norm"] - b["grad_norm"]) / b["grad_norm"] for a, b in zip(figures, expected[0], strict=True)]
-    gradients = [_error(first[name], gradient) for name, gradient in expected[1].items()]
-    moved = [(weights[name] - weight).abs().max().item() for name, weight in expected[2].items()]
+    norms = [relative_error(a["grad_norm"], b["grad_norm"]) for a, b in zip(figures, expected[0], strict=True)]
+    gradients = [relative_error(first[name], gradient) for name, gradient in expected[1].items()]
+    moved = [relative_error(weights[name], weight, scale=1) for name, weight in expected[2].items()]
     result = {
         "norm_error": max(norms),
         "first_gradient_error": max(gradients),
@@ -208,7 +209,3 @@ def errors(found: tuple, expected: tuple, exact: bool) -> dict[str, Any]:
     }
     bounds = (NORM, FIRST_GRADIENT_FP64 if exact else FIRST_GRADIENT, WEIGHTS)
     return {**result, "within": all(error <= bound for error, bound in zip(result.values(), bounds, strict=True))}
-
-
-def _error(found: Tensor, expected: Tensor) -> float:
-    return ((found - expected).abs().max() / expected.abs().max()).item()

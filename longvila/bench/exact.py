@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longvila.config import LayoutName, ParallelConfig, RoutingName
+from longvila.difference import relative_error
 from longvila.parallel.attention import FoldedPlan
 from longvila.parallel.blocks import Mask
 from longvila.parallel.choose import LAYOUTS, make_plan
@@ -65,7 +66,7 @@ def attention_error(fold: Fold, plan: Plan, heads: tuple[int, int], mask: Mask, 
     pairs = zip((out, *grads), (expected, *expected_grads), strict=True)
     if not len(mine):
         return 0.0
-    return max(((a.double() - b[:, :, mine]).abs().max() / b.abs().max().clamp(min=1)).item() for a, b in pairs)
+    return max(relative_error(a.double(), b[:, :, mine], b.abs().max().clamp(min=1)) for a, b in pairs)
 
 
 def meshes(world: int) -> list[tuple[int, int, int]]:

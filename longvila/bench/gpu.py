@@ -22,6 +22,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from longvila.bench.bars import at_most, sections
 from longvila.bench.ours import RATE, TOWER, wrap
 from longvila.config import ModelConfig, OptimizerConfig, ParallelConfig, StageConfig
+from longvila.difference import relative_error
 from longvila.errors import ConfigError
 from longvila.parallel.attention import FoldedPlan
 from longvila.parallel.batch import shift_labels
@@ -159,7 +160,7 @@ def _exact(device: torch.device, lengths: tuple[int, ...], mask: Mask) -> dict[s
 
     reference, plain = results(torch.float64, dense), results(torch.bfloat16, dense)
     ours = results(torch.bfloat16, lambda q, k, v: folded.attend(q, k, v, SCALE, mask))
-    errors = [[(x - y).abs().max().item() for x, y in zip(found, reference, strict=True)] for found in (ours, plain)]
+    errors = [[relative_error(x, y, scale=1) for x, y in zip(found, reference, strict=True)] for found in (ours, plain)]
     ratios = [mine / theirs for mine, theirs in zip(*errors, strict=True)]
     names = ("out", "dq", "dk", "dv")
     each = {f"{name}": f"{ratio:.2f}" for name, ratio in zip(names, ratios, strict=True)}

@@ -37,6 +37,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from longvila.apply import apply_folds
 from longvila.bench.cell import least_seconds
 from longvila.config import ParallelConfig
+from longvila.difference import relative_error
 from longvila.parallel.agree import barrier
 from longvila.parallel.batch import shard_batch, shift_labels
 from longvila.parallel.fold import make_fold
@@ -144,7 +145,7 @@ def _summary(row: _Row, rounds: list[list[_Figures]], copies: int) -> dict[str, 
     seconds = least_seconds([[one.seconds for one in ranks] for ranks in rounds])
     return {
         "gradient_error": max(one.gradient_error for ranks in rounds for one in ranks),
-        "loss_error": max(abs(sum(one.loss for one in ranks) - row.loss) for ranks in rounds) / abs(row.loss),
+        "loss_error": max(relative_error(sum(one.loss for one in ranks), row.loss) for ranks in rounds),
         "cpu_us_per_token": seconds / copies / len(row.ids) * 1e6,
         "peak_mib": min(max(one.peak_bytes for one in ranks) for ranks in rounds) / 2**20,
     }
@@ -251,7 +252,7 @@ def _gradient_error(model: Qwen3ForCausalLM, expected: dict[str, Tensor]) -> flo
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
         dist.all_reduce(parameter.grad)
-        errors.append(((parameter.grad - expected[name]).abs().max() / expected[name].abs().max()).item())
+        errors.append(relative_error(parameter.grad, expected[name]))
     return max(errors)
 
 

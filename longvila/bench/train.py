@@ -18,6 +18,7 @@ from longvila.bench import engines
 from longvila.bench.bars import at_least, at_most, sections
 from longvila.bench.cell import GIB, Cell, Limits, Result, TextModel, least_seconds, run_cell
 from longvila.bench.longest import find_longest
+from longvila.difference import relative_error
 
 Rows = list[dict[str, Any]]
 Show = Callable[[str, Rows, str], None]
@@ -256,7 +257,7 @@ def _reason(result: Result) -> str:
 def _worst(gradients: dict[str, Tensor], reference: dict[str, Tensor]) -> tuple[str, float]:
     if gradients.keys() != reference.keys():
         raise RuntimeError(f"gradients of {sorted(gradients.keys() ^ reference.keys())} have no counterpart")
-    errors = {name: ((gradients[name] - g).abs().max() / g.abs().max()).item() for name, g in reference.items()}
+    errors = {name: relative_error(gradients[name], g) for name, g in reference.items()}
     worst = max(errors, key=errors.__getitem__)
     return worst, errors[worst]
 

@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, Qwen3Config, Qwen3MoeConfig
 
 from longvila.apply import apply_folds
 from longvila.config import LayoutName, ParallelConfig, RoutingName
+from longvila.difference import relative_error
 from longvila.model.loss import IGNORE
 from longvila.model.vlm import LongVilaConfig, LongVilaModel
 from longvila.parallel.agree import sum_over_world
@@ -215,10 +216,10 @@ def folded(case: Case) -> dict[str, float]:
     (total,) = sum_over_world(float(output.num_targets))
     (output.loss_sum / total).backward()
     loss = sum_over_world(output.loss_sum.item())[0] / total
-    errors = {"loss": abs(loss - expected_loss) / expected_loss}
+    errors = {"loss": relative_error(loss, expected_loss)}
     for name, parameter in model.named_parameters():
         gradient = torch.zeros_like(expected[name]) if parameter.grad is None else whole(parameter.grad)
-        errors[name] = ((gradient - expected[name]).abs().max() / expected[name].abs().max()).item()
+        errors[name] = relative_error(gradient, expected[name])
     return errors
 
 

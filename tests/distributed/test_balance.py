@@ -9,6 +9,7 @@ import transformers
 from longvila.apply import apply_folds
 from longvila.bench import engines
 from longvila.config import MixtureConfig, ParallelConfig
+from longvila.difference import relative_error
 from longvila.errors import ConfigError
 from longvila.parallel.balance import router_loss
 from longvila.parallel.batch import shard_batch
@@ -95,10 +96,9 @@ def errors(name, parallel, mixture, recompute):
     loss.backward()
     of_all = loss.detach().clone()
     dist.all_reduce(of_all)
-    found = {"loss": abs(of_all.item() - expected_loss)}
+    found = {"loss": relative_error(of_all.item(), expected_loss)}
     for key, parameter in model.named_parameters():
-        difference = (whole(parameter.grad) - expected[key]).abs().max()
-        found[key] = (difference / expected[key].abs().max()).item()
+        found[key] = relative_error(whole(parameter.grad), expected[key])
     return found, routers.end_step(moved=False)
 
 

@@ -12,6 +12,7 @@ from longvila.apply.experts import is_experts
 from longvila.bench import engines
 from longvila.bench.mapping import kept_of
 from longvila.config import MixtureConfig, ParallelConfig, ShardingConfig
+from longvila.difference import relative_error
 from longvila.errors import ConfigError
 from longvila.parallel.choose import make_plan
 from longvila.parallel.experts import Capacity, dispatch
@@ -300,7 +301,7 @@ def by_transformers(tp):
             gradient = gradient.full_tensor()
         else:
             dist.all_reduce(gradient)
-        found[name] = ((gradient - expected.grad).abs().max() / expected.grad.abs().max()).item()
+        found[name] = relative_error(gradient, expected.grad)
     return found
 
 

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from longvila.apply import apply_folds, attention_of
 from longvila.bench.exact import dense_mask
 from longvila.config import ParallelConfig
+from longvila.difference import relative_error
 from longvila.errors import ConfigError
 from longvila.parallel.agree import sum_over_world
 from longvila.parallel.batch import shard_batch, shift_labels
@@ -101,9 +102,9 @@ def errors(name, parallel, recompute="none", keeps=None):
         loss = F.cross_entropy(out.logits[0], batch["labels"][0], ignore_index=-100, reduction="sum") / total
         loss.backward()
     assert abs(out.loss.item() - loss.item()) < 1e-5
-    found = {"loss": abs(sum_over_world(loss.item())[0] - expected_loss) / expected_loss}
+    found = {"loss": relative_error(sum_over_world(loss.item())[0], expected_loss)}
     for key, parameter in model.named_parameters():
-        found[key] = ((whole(parameter.grad) - expected[key]).abs().max() / expected[key].abs().max()).item()
+        found[key] = relative_error(whole(parameter.grad), expected[key])
     return found, counter
 
 
@@ -230,7 +231,7 @@ def compiled_errors(parallel):
             logits = model(**batch, use_cache=False).logits
             logits.square().sum().backward()
             results.append([logits.detach(), *(p.grad.clone() for p in model.parameters())])
-        difference = max((a - b).abs().max().item() for a, b in zip(*results, strict=True))
+        difference = max(relative_error(a, b, scale=1) for a, b in zip(*results, strict=True))
         found.append((difference, counter.frame_count))
     return found
 

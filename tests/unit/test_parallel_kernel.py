@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from longvila.difference import relative_error
 from longvila.doctor import attention_kernels
 from longvila.errors import ConfigError
 from longvila.parallel import kernel
@@ -44,7 +45,7 @@ def dense(q, k, v, visible):
 
 
 def error(found, expected):
-    return ((found.cpu().double() - expected).abs().max() / expected.abs().max()).item()
+    return relative_error(found.cpu().double(), expected)
 
 
 @pytest.mark.parametrize(("device", "dtype", "bound"), DEVICES, indirect=["device"])
