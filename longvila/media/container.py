@@ -1,4 +1,4 @@
-"""Opens a video for reading, the same way for probing and for decoding.
+"""Opens a video or an image for reading, the same way for probing and for decoding.
 
 Video time is counted from the first frame that is presented: 0 seconds is that frame, whatever the file calls it.
 """
@@ -20,6 +20,7 @@ from av.packet import Packet
 from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
+from PIL import Image
 
 from longvila.errors import MediaError
 
@@ -120,6 +121,21 @@ def open_video(media: Media, name: str) -> Iterator[tuple[InputContainer, VideoS
             yield container, videos[0]
     except (FFmpegError, OSError) as error:
         raise MediaError(f"{name}: cannot be read as a video ({error.strerror or error})") from error
+
+
+@contextmanager
+def open_image(media: Media, name: str) -> Iterator[Image.Image]:
+    """Opens a still image (any format Pillow reads), its pixels not read yet.
+
+    Raises:
+        MediaError: naming `name`, when the data are not an image or are cut short, and for any error inside the `with`
+            block.
+    """
+    try:
+        with open_media(media) as source, Image.open(source) as image:
+            yield image
+    except Exception as error:  # Pillow's readers raise whatever damage leads them to: struct.error, RuntimeError, ...
+        raise MediaError(f"{name}: cannot be read as an image ({error})") from error
 
 
 def ticks_per_second(stream: VideoStream) -> float:

@@ -20,14 +20,14 @@ from av.packet import Packet
 from av.video.frame import VideoFrame
 from av.video.reformatter import Interpolation, VideoReformatter
 from av.video.stream import VideoStream
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 from longvila.errors import MediaError
 from longvila.media.container import (
     LAST_FRAME_SECONDS,
     Media,
     decode_packets,
-    open_media,
+    open_image,
     open_video,
     read_packets,
     ticks_per_second,
@@ -36,6 +36,16 @@ from longvila.media.tiles import WHOLE, Tile
 
 SEEK_GAIN = 0.5
 """Seconds of video that a jump must save: after one, the decoder has to fill its reordering queue again."""
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes an image upright, by its orientation (EXIF 2.3, tag 0x0112)."""
 
 
 def decode_frames(
@@ -80,15 +90,11 @@ def decode_tiles(
     """
     out = empty_frames(len(tiles), size) if out is None else out
     pixels = out.permute(0, 2, 3, 1).numpy()
-    try:
-        with open_media(media) as source, Image.open(source) as image:
-            ImageOps.exif_transpose(image, in_place=True)
-            colours = image if image.mode == "RGB" else image.convert("RGB")  # which would copy what is RGB already
-            for number, tile in enumerate(tiles):
-                box = tile.box(*colours.size)
-                pixels[number] = colours.resize((size, size), Image.Resampling.BICUBIC, box)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise MediaError(f"{name}: cannot be read as an image ({error})") from error
+    with open_image(media, name) as image:
+        colours = _upright(image)
+        for number, tile in enumerate(tiles):
+            box = tile.box(*colours.size)
+            pixels[number] = colours.resize((size, size), Image.Resampling.BICUBIC, box)
     return out
 
 
@@ -120,6 +126,17 @@ class FrameMemory:
         frames = memory[:count]
         weakref.finalize(frames, self._free.append, memory).atexit = False
         return torch.from_numpy(frames).permute(0, 3, 1, 2)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image in RGB, turned by its orientation.
+
+    `ImageOps.exif_transpose` would also write its EXIF data anew, which fails where a tag is not of the type it says.
+    """
+    image.load()  # first: that turns a TIFF, and takes its orientation away
+    turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    upright = image if turn is None else image.transpose(turn)
+    return upright if upright.mode == "RGB" else upright.convert("RGB")  # which would copy what is RGB already
 
 
 class _Picture:

@@ -11,10 +11,9 @@ import math
 from functools import lru_cache
 from typing import NamedTuple
 
-from PIL import ExifTags, Image
+from PIL import ExifTags
 
-from longvila.errors import MediaError
-from longvila.media.container import Media, open_media
+from longvila.media.container import Media, open_image
 
 TURNED = (5, 6, 7, 8)
 """Orientations by which width and height change places (EXIF 2.3, tag 0x0112)."""
@@ -76,10 +75,7 @@ def image_extent(media: Media, name: str) -> tuple[int, int]:
     Raises:
         MediaError: naming `name`, when the data are not an image.
     """
-    try:
-        with open_media(media) as source, Image.open(source) as image:
-            width, height = image.size
-            turned = image.getexif().get(ExifTags.Base.Orientation) in TURNED
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise MediaError(f"{name}: cannot be read as an image ({error})") from error
+    with open_image(media, name) as image:
+        width, height = image.size
+        turned = image.getexif().get(ExifTags.Base.Orientation) in TURNED
     return (height, width) if turned else (width, height)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
+import struct
 
 import av
 import pytest
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageOps
 
 from longvila.errors import MediaError
 from longvila.media import FrameMemory, decode, decode_frames, decode_image, probe
@@ -191,7 +192,12 @@ def test_an_image_is_squashed_to_a_square(tmp_path):
         assert read_number(frame) == 5
 
 
-@pytest.mark.parametrize("data", [b"", b"<html>", make_image()[:200], make_image(format="JPEG")[:700]])
+UNKNOWN_PIXELS = b"DDS " + struct.pack("<19I", 124, 0x1007, 32, 32, *[0] * 15) + bytes(48)
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"<html>", make_image()[:200], make_image(format="JPEG")[:700], UNKNOWN_PIXELS], ids=range(5)
+)
 def test_a_broken_image_is_refused_by_name(data):
     with pytest.raises(MediaError, match="picture: cannot be read as an image"):
         decode_image(data, 48, "picture")
@@ -207,6 +213,41 @@ def test_an_image_is_turned_as_its_orientation_says(mode):
     upright.save(plain, format="PNG")
     assert torch.equal(decode_image(file.getvalue(), 48, "turned"), decode_image(plain.getvalue(), 48, "upright"))
     assert read_number(decode_image(file.getvalue(), 48, "turned")) == 5
+
+
+def exif(*tags):
+    """(tag, type, count, four bytes) of each."""
+    entries = b"".join(struct.pack("<HHI", *tag[:3]) + tag[3] for tag in tags)
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
+
+
+def oriented(orientation, *tags, **options):
+    file = io.BytesIO()
+    picture = Image.fromarray(number_picture(5, 96, 64))
+    picture.save(file, "JPEG", exif=exif((0x0112, 3, 1, struct.pack("<HH", orientation, 0)), *tags), **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_every_orientation_is_turned_as_pillow_turns_it(orientation):
+    data = oriented(orientation)
+    with Image.open(io.BytesIO(data)) as image:
+        expected = ImageOps.exif_transpose(image).resize((48, 48), Image.Resampling.BICUBIC)
+    found = decode_image(data, 48, "picture").permute(1, 2, 0)
+    assert found.numpy().tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize(
+    "tag",
+    [
+        (282, 2, 3, b"72\0\0"),  # a resolution in letters
+        (296, 4, 1, struct.pack("<I", 100_000)),  # a unit of more than two bytes
+        (256, 9, 1, struct.pack("<i", -1)),  # a width below 0
+    ],
+    ids=str,
+)
+def test_a_turned_image_with_a_tag_that_is_not_of_its_type_is_read(tag):
+    assert torch.equal(decode_image(oriented(6, tag), 48, "odd"), decode_image(oriented(6), 48, "plain"))
 
 
 def test_memory_of_frames_is_used_again_when_no_tensor_uses_it():
