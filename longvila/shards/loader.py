@@ -143,26 +143,23 @@ class RowLoader:
         assert self.windows is not None
         start = self._continue(start)
         waiting: list[PlannedRow] = []
+        documents: list[Document] | None = None
         after = start
         for number in range(start.window, self.windows.num_windows(start.epoch)):
             window = self.windows.plan(start.epoch, number)
             self._count(window)
             first = start.row if number == start.window else 0
             for row in range(first, len(window.rows)):
+                if len(waiting) == self.data_rank:
+                    # Not at the end of the round, which may lie many windows on: this one's shards are closed by then.
+                    documents = [self.windows.document(piece) for piece in window.rows[row]]
                 waiting.append(window.rows[row])
                 after = replace(start, window=number, row=row + 1)
                 if len(waiting) == self.num_data_ranks:
-                    yield self._deal(waiting, after)
-                    waiting = []
+                    yield _Dealt(documents, after, _digest(waiting))
+                    waiting, documents = [], None
         if waiting:
-            yield self._deal(waiting, after)
-
-    def _deal(self, rows: list[PlannedRow], after: Cursor) -> _Dealt:
-        assert self.windows is not None
-        digest = int.from_bytes(hashlib.sha256(repr(rows).encode()).digest()[:8], "big") >> 2 | 1
-        if self.data_rank >= len(rows):
-            return _Dealt(None, after, digest)
-        return _Dealt([self.windows.document(piece) for piece in rows[self.data_rank]], after, digest)
+            yield _Dealt(documents, after, _digest(waiting))
 
     def _count(self, window: Window) -> None:
         """Counts the samples of a window that fall to this data rank."""
@@ -229,6 +226,10 @@ class RowLoader:
                     f"source '{source.shards}': repeat, limit and weigh=tokens need an index beside every shard of all "
                     "sources; write them with `longvila data index`"
                 )
+
+
+def _digest(rows: list[PlannedRow]) -> int:
+    return int.from_bytes(hashlib.sha256(repr(rows).encode()).digest()[:8], "big") >> 2 | 1
 
 
 def _check_sources(data: DataConfig) -> None:

@@ -65,6 +65,20 @@ def test_data_ranks_end_an_epoch_with_the_same_round(folder):
         assert [len(rows) for rows, _ in dealt[:-1]] == [ranks] * (len(dealt) - 1)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_round_may_span_more_windows_than_are_kept(tmp_path, workers):
+    texts = [SourceSample(f"t{i}", [], None, "text", {"text": f"a b c{i}"}) for i in range(64)]
+    packed(tmp_path / "data", texts, max_samples=4)
+    options = {"window": 4, "row_tokens": 12, "workers": workers}  # a row of all four texts a window
+    whole = flat(rounds(tmp_path, **options))
+    assert [len(row) for row, _ in whole] == [4] * 16
+    for ranks in (3, 4, 8):
+        dealt = list(rounds(tmp_path, ranks, **options))
+        assert flat(dealt) == whole
+        assert dealt[1][1] == replace(dealt[1][1], window=2 * ranks - 1, row=1)
+        assert flat(rounds(tmp_path, 1, dealt[1][1], **options)) == whole[2 * ranks :]
+
+
 def test_going_on_reads_nothing_of_what_was_read(tmp_path, monkeypatch):
     texts = [SourceSample(f"t{i}", [], None, "text", {"text": f"a b c{i}"}) for i in range(64)]
     packed(tmp_path / "data", texts, max_samples=4)
