@@ -17,7 +17,6 @@ Measured here:
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,9 +25,9 @@ from typing import Any
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics.chrf import CHRF
 
-from longvila.config import FrameSampling
 from longvila.errors import ConfigError, DataError
-from longvila.evaluate.films import derangement, film_refs, spread
+from longvila.evaluate.files import check_fields, read_json_lines
+from longvila.evaluate.films import check_at_least_one, derangement, film_refs, film_sampling, find_film, spread
 from longvila.evaluate.runner import Request
 
 PROMPT = "Elaborate on the visual and narrative elements of the video in detail."
@@ -45,15 +44,17 @@ def requests(
         swap: shows the frames of another film.
 
     Raises:
-        ConfigError: no captions.jsonl, a line without a field, or a swap with a single film.
+        ConfigError: an option out of its range, no captions.jsonl, a line that is not as it must be, a film that is
+            listed twice or has several files, or a swap with a single film.
     """
+    sampling = film_sampling(frames, fps)
+    check_at_least_one(max_new_tokens=max_new_tokens)
     films = read_captions(data)
     shown = derangement(list(films)) if swap else {name: name for name in films}
-    sampling = FrameSampling("uniform" if fps is None else "fps", frames, fps or 1.0)
     return [
         Request(
             id=name,
-            frames=film_refs(find_film(data, shown[name]), sampling),
+            frames=film_refs(find_film((data / "videos", data), shown[name]), sampling),
             question=PROMPT,
             max_new_tokens=max_new_tokens,
             metadata={"caption": film["caption"], "events": film["events"], "shown": shown[name]},
@@ -67,26 +68,15 @@ def read_captions(data: Path) -> dict[str, dict[str, Any]]:
     path = data / "captions.jsonl"
     if not path.is_file():
         raise ConfigError(f"{path}: no such file; it holds {{video, caption, events}} lines")
-    films = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            film = json.loads(line)
-            films[film["video"]] = {"caption": film["caption"], "events": list(film["events"])}
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ConfigError(f"{path}, line {number}: not a {{video, caption, events}} object ({error})") from None
+    films: dict[str, dict[str, Any]] = {}
+    lines: dict[str, int] = {}
+    for number, film in read_json_lines(path):
+        check_fields(film, f"{path}, line {number}", {"video": str, "caption": str, "events": list[str]})
+        name = film["video"]
+        if name in films:
+            raise ConfigError(f"{path}, lines {lines[name]} and {number}: the film '{name}' is listed twice; keep one")
+        films[name], lines[name] = {"caption": film["caption"], "events": film["events"]}, number
     return films
-
-
-def find_film(data: Path, name: str) -> Path:
-    """A film named with or without its suffix, below `videos/` or the folder itself."""
-    for folder in (data / "videos", data):
-        if (folder / name).is_file():
-            return folder / name
-        if matches := sorted(folder.glob(f"{name}.*")):
-            return matches[0]
-    return data / "videos" / name  # missing: the runner counts and names it
 
 
 def score(requests: Sequence[Request], responses: Mapping[str, str | None]) -> dict[str, Any]:

@@ -12,14 +12,15 @@ FOLDER/needle/ holds `haystack.mp4` (any video suffix), the pictures in `images/
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from longvila.errors import ConfigError, DataError
+from longvila.errors import ConfigError
+from longvila.evaluate.files import check_fields, read_json_lines, read_json_list
+from longvila.evaluate.films import check_at_least_one, find_film
 from longvila.evaluate.runner import FrameRef, Request
 from longvila.media import probe
 
@@ -37,11 +38,15 @@ def requests(
     each once, and no more: the same question about the same frames has the same answer.
 
     Raises:
-        ConfigError: no haystack or needles here, or a film too short for the grid.
+        ConfigError: an option out of its range, no haystack or needles here, or a film too short for the grid.
     """
+    _check_grid(frames, depths)
+    check_at_least_one(answers=answers, max_new_tokens=max_new_tokens)
     folder = data / "needle"
     needles = read_needles(folder)
-    haystack = _find_haystack(folder)
+    haystack = find_film([folder], "haystack")
+    if not haystack.is_file():
+        raise ConfigError(f"{folder}: no haystack.mp4 here")
     duration = probe(haystack, str(haystack)).duration
     if duration < max(frames):
         raise ConfigError(
@@ -67,25 +72,42 @@ def requests(
     return grid
 
 
+def _check_grid(frames: Sequence[int], depths: Sequence[float]) -> None:
+    if not frames or not depths:
+        empty = "depths" if frames else "frames"
+        raise ConfigError(f"option '{empty}' is empty; give at least one, e.g. -o frames=16,32 -o depths=0,0.5,1")
+    check_at_least_one(frames=min(frames))
+    for depth in depths:
+        if not 0 <= depth <= 1:
+            raise ConfigError(f"option 'depths' has {depth:g}; a depth is a share of the film, from 0 to 1")
+
+
 def read_needles(folder: Path) -> list[dict[str, str]]:
-    """Needles as {"image" (below `images/`), "question", "answer"}. Raises ConfigError where there are none."""
+    """Needles as {"image" (below `images/`), "question", "answer"}.
+
+    Raises:
+        ConfigError: there are none, an entry lacks a field, or its picture is missing.
+    """
     ours, longva = folder / "needles.jsonl", folder / "dataset.json"
     if ours.is_file():
-        entries = [json.loads(line) for line in ours.read_text(encoding="utf-8").splitlines() if line.strip()]
+        entries = [(f"{ours}, line {number}", entry) for number, entry in read_json_lines(ours)]
+        fields = ("image", "question", "answer")
     elif longva.is_file():
-        entries = [
-            {"image": entry["path"], "question": entry["prompt"], "answer": entry["answer"]}
-            for entry in json.loads(longva.read_text(encoding="utf-8"))
-        ]
+        entries = [(f"{longva}, entry {number}", entry) for number, entry in enumerate(read_json_list(longva), 1)]
+        fields = ("path", "prompt", "answer")
     else:
         raise ConfigError(f"{folder}: no needles here; it needs needles.jsonl, or LongVA's dataset.json, and images/")
     if not entries:
         raise ConfigError(f"{folder}: the list of needles is empty")
-    for entry in entries:
-        entry["image"] = entry["image"].removeprefix("images/")
-        if not (folder / "images" / entry["image"]).is_file():
-            raise ConfigError(f"{folder}: the needle {entry['image']} has no picture in images/")
-    return entries
+    needles = []
+    for where, entry in entries:
+        check_fields(entry, where, dict.fromkeys(fields, str))
+        image, question, answer = (entry[name] for name in fields)
+        image = image.removeprefix("images/")
+        if not (folder / "images" / image).is_file():
+            raise ConfigError(f"{where}: the needle {image} has no picture in {folder / 'images'}")
+        needles.append({"image": image, "question": question, "answer": answer})
+    return needles
 
 
 def score(requests: Sequence[Request], responses: Mapping[str, str | None]) -> dict[str, Any]:
@@ -128,15 +150,6 @@ def normalise(text: str) -> str:
     words = re.findall(r"\w+", text.lower())
     # "A" alone is a letter of a multiple choice, not an article.
     return " ".join(word for word in words if len(words) == 1 or word not in ("a", "an", "the"))
-
-
-def _find_haystack(folder: Path) -> Path:
-    films = sorted(folder.glob("haystack.*"))
-    if not films:
-        raise ConfigError(f"{folder}: no haystack.mp4 here")
-    if len(films) > 1:
-        raise DataError(f"{folder}: more than one haystack: {', '.join(film.name for film in films)}")
-    return films[0]
 
 
 def _examples(

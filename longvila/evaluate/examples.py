@@ -11,7 +11,7 @@ from PIL import Image
 from longvila.errors import MediaError
 from longvila.evaluate.frames import decode_refs
 from longvila.evaluate.request import FrameRef
-from longvila.media import probe
+from longvila.media import image_extent, probe
 
 LONG_SIDE = 288
 """Pixels along the longer side of a picture."""
@@ -40,8 +40,7 @@ def save_example_frames(examples: list[dict[str, Any]], out: Path) -> None:
 def _picture(ref: FrameRef) -> Image.Image:
     """The frame in the shape of its file: decoding for the model squeezes every frame into a square."""
     if ref.seconds is None:
-        with Image.open(ref.path) as image:
-            width, height = image.size
+        width, height = image_extent(Path(ref.path), ref.path)
     else:
         info = probe(Path(ref.path), ref.path)
         width, height = (info.width, info.height) if info.rotation % 180 == 0 else (info.height, info.width)

@@ -1,15 +1,64 @@
-"""Help for benchmarks that ask about films: their frames by address, and the same films with frames swapped."""
+"""Help for benchmarks that ask about films: their files, their frames by address, and films with frames swapped."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from glob import escape
 from pathlib import Path
 from random import Random
 
 from longvila.config import FrameSampling
 from longvila.errors import ConfigError, MediaError
 from longvila.evaluate.request import FrameRef
+from longvila.generate.caption import VIDEO_SUFFIXES
 from longvila.media import probe, sample_timestamps
+
+
+def film_sampling(frames: int, fps: float | None) -> FrameSampling:
+    """`fps` frames a second of film, at most `frames`; past it, and always where `fps` is None, so many spread over it.
+
+    Raises:
+        ConfigError: less than one frame, or a rate that is not above 0.
+    """
+    check_at_least_one(frames=frames)
+    if fps is None:
+        return FrameSampling("uniform", frames)
+    if not 0 < fps < math.inf:
+        raise ConfigError(f"option 'fps' is {fps:g}; it must be above 0, or none to spread the frames over each film")
+    return FrameSampling("fps", frames, fps)
+
+
+def check_at_least_one(**options: int) -> None:
+    """Raises ConfigError naming the first of the options that is below 1."""
+    for name, value in options.items():
+        if value < 1:
+            raise ConfigError(f"option '{name}' is {value}; it must be at least 1")
+
+
+def find_film(folders: Sequence[Path], name: str) -> Path:
+    """The file of the film `name`, with its suffix or without, in the first of `folders` that has it.
+
+    A film that none has gets the path it would have in the first: the runner counts and names what it cannot read.
+
+    Raises:
+        ConfigError: a name without suffix that several videos of a folder have.
+    """
+    for path in (folder / name for folder in folders):
+        if path.is_file():
+            return path
+        # Beside 001.mp4 there may be 001.info.json, and beside clip.mp4 another film, clip.a.mp4.
+        found = [
+            film
+            for film in sorted(path.parent.glob(f"{escape(path.name)}.*"))
+            if film.stem == path.name and film.suffix.lower() in VIDEO_SUFFIXES
+        ]
+        if len(found) > 1:
+            names = ", ".join(film.name for film in found)
+            raise ConfigError(f"{path.parent}: the film '{name}' may be any of {names}; keep one, or name it in full")
+        if found:
+            return found[0]
+    return folders[0] / name
 
 
 def film_refs(path: Path, sampling: FrameSampling) -> tuple[FrameRef, ...]:

@@ -86,7 +86,7 @@ def decode_refs(path: str, refs: Sequence[FrameRef], size: int) -> Tensor:
     """uint8 frames (F, 3, size, size) of one file. Raises MediaError naming it."""
     try:
         if refs[0].seconds is None:
-            return torch.stack([decode_image(Path(path).read_bytes(), size, path)] * len(refs))
+            return torch.stack([decode_image(Path(path), size, path)] * len(refs))
         return decode_frames(Path(path), [ref.seconds for ref in refs if ref.seconds is not None], size, path)
     except FileNotFoundError:
         raise MediaError(f"{path}: no such file") from None

@@ -12,6 +12,7 @@ from typing import Any
 
 from longvila.errors import ConfigError
 from longvila.evaluate.bars import compute_bars
+from longvila.evaluate.files import read_json, read_json_lines
 from longvila.evaluate.page import render_page
 
 CURVE_POINTS = 240
@@ -110,18 +111,8 @@ def _variant_order(item: tuple[str, Any]) -> tuple[int, str]:
 
 def _read_json(path: Path) -> Any:
     """The content of a JSON file; None when there is no such file."""
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}: not a JSON file ({error}); write it again or remove it") from None
+    return read_json(path) if path.is_file() else None
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}: a line is not JSON ({error})") from None
+    return [line for _, line in read_json_lines(path)] if path.is_file() else []
