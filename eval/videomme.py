@@ -2,13 +2,14 @@
 
     longvila eval videomme --checkpoint DIR --data FOLDER
 
-FOLDER holds `videomme.json` in the layout of the official result file (without "response"), `videos/` with films named
-by "video_id", and `subtitles/` with .srt files of the same names. The prompt is the official one. What the official
-script reads is written beside the scores: `videomme-result.json`.
+FOLDER holds `videomme.json` in the layout of the official result file (without "response"; fields in the spelling of
+2025 or of 2024, see `EARLIER`), `videos/` with films named by "video_id", and `subtitles/` with .srt files of the same
+names. The prompt is the official one. What the official script reads is written beside the scores, in the spelling that
+was read: `videomme-result.json`.
 
 Two protocols are in use, and both are reported, since they may differ on the same answers:
 
-- official: some lead-ins are removed and the first of A, B, C, D in the text counts, so "Answer: B" is read as A. An
+- official: some lead-ins are removed and the first of A, B, C, D in the text counts, so "Clearly B" is read as C. An
   answer without any of them leaves the denominator.
 - lmms-eval (0.7): formats in order of trust, the last place of the best format; without a letter the answer is wrong.
 
@@ -24,9 +25,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from longvila.config import FrameSampling
 from longvila.errors import ConfigError
-from longvila.evaluate.films import derangement, film_refs, spread
+from longvila.evaluate.files import check_fields, read_json_list
+from longvila.evaluate.films import check_at_least_one, derangement, film_refs, film_sampling, find_film, spread
 from longvila.evaluate.runner import FrameRef, Request
 from longvila.media import read_subtitles
 
@@ -35,6 +36,16 @@ INSTRUCTION = (
     "Respond with only the letter (A, B, C, or D) of the correct option."
 )
 DURATIONS = ("short", "medium", "long")
+
+FILM = {"video_id": str, "duration": str, "domain": str, "sub_category": str, "questions": list}
+QUESTION = {"question_id": str, "task_type": str, "question": str, "options": list[str], "answer": str}
+EARLIER = {
+    "duration": "duration_category",
+    "domain": "video_category",
+    "sub_category": "video_subcategory",
+    "options": "choices",
+}
+"""Fields by their names in the official layout of 2025, and what that of 2024 called them."""
 
 
 def requests(
@@ -55,12 +66,14 @@ def requests(
             alone gives away.
 
     Raises:
-        ConfigError: videomme.json is missing or not in the official layout, or a class to swap in has one film.
+        ConfigError: an option out of its range, videomme.json missing or not in the official layout, a film with
+            several files, or a class to swap in with one film.
     """
+    sampling = film_sampling(frames, fps)
+    check_at_least_one(max_new_tokens=max_new_tokens)
     films = read_films(data)
     shown = _swapped(films) if swap else {film["video_id"]: film["video_id"] for film in films}
-    sampling = FrameSampling("uniform" if fps is None else "fps", frames, fps or 1.0)
-    refs = {film["video_id"]: film_refs(_find_film(data, film["video_id"]), sampling) for film in films}
+    refs = {film["video_id"]: film_refs(find_film([data / "videos"], film["video_id"]), sampling) for film in films}
     asked = []
     for film in films:
         video_id = film["video_id"]
@@ -84,25 +97,38 @@ def read_films(data: Path) -> list[dict[str, Any]]:
     path = data / "videomme.json"
     if not path.is_file():
         raise ConfigError(f"{path}: no such file; it holds the questions in VideoMME's official layout")
-    films = json.loads(path.read_text(encoding="utf-8"))
-    for film in films:
-        fields = {"video_id", "duration_category", "video_category", "video_subcategory", "questions"}
-        if missing := fields - set(film):
-            raise ConfigError(f"{path}: film {film.get('video_id', '?')} lacks {sorted(missing)}")
-        for question in film["questions"]:
-            if missing := {"question_id", "task_type", "question", "choices", "answer"} - set(question):
-                raise ConfigError(f"{path}: question {question.get('question_id', '?')} lacks {sorted(missing)}")
+    films = read_json_list(path)
+    for number, film in enumerate(films, 1):
+        _check(film, f"{path}, film {number}", FILM)
+        for place, question in enumerate(film["questions"], 1):
+            _check(question, f"{path}, film {film['video_id']}, question {place}", QUESTION)
     return films
+
+
+def _check(entry: Any, where: str, fields: Mapping[str, Any]) -> None:
+    names = entry if isinstance(entry, dict) else {}
+    check_fields(entry, where, {spelling(names, name): kind for name, kind in fields.items()})
+
+
+def spelling(entry: Mapping[str, Any], name: str) -> str:
+    """What a film or a question calls a field. The name of 2024 goes first: beside it, a `duration` may be anything."""
+    earlier = EARLIER.get(name, name)
+    return earlier if earlier in entry else name
+
+
+def field(entry: Mapping[str, Any], name: str) -> Any:
+    """A field of a film or a question, in either spelling."""
+    return entry[spelling(entry, name)]
 
 
 def prompt(question: Mapping[str, Any], subtitles: Sequence[str]) -> str:
     """The official prompt. Where there are no subtitles, their part is left out, as the official instructions say."""
     lines = ["This video's subtitles are listed below:", *subtitles] if subtitles else []
-    return "\n".join([*lines, INSTRUCTION, question["question"], *question["choices"], "The best answer is:"])
+    return "\n".join([*lines, INSTRUCTION, question["question"], *field(question, "options"), "The best answer is:"])
 
 
 def official_letter(response: str) -> str:
-    """The letter that the official script reads, with its quirks; "" for none.
+    """The letter that the official script (as of 2025) reads, with its quirks; "" for none.
 
     Two pairs of its lead-ins lack the comma between them and are one string each, so that neither works alone.
     """
@@ -114,6 +140,10 @@ def official_letter(response: str) -> str:
         "The answer",
         "The best option isThe correct option is",
         "Best answer:Best option:",
+        "Answer:",
+        "Option:",
+        "The correct answer",
+        "The correct option",
     ):
         text = text.replace(lead_in, "")
     match = re.search("[ABCD]", text)
@@ -195,12 +225,12 @@ def _tables(protocol: str, requests: Sequence[Request], responses: Mapping[str, 
         names = list(dict.fromkeys(map(group, requests)))
         return {name: table([request for request in requests if group(request) == name]) for name in names}
 
-    by_duration = by(lambda request: request.metadata["film"]["duration_category"])
+    by_duration = by(lambda request: field(request.metadata["film"], "duration"))
     return {
         "overall": table(list(requests)),
         "by_duration": dict(sorted(by_duration.items(), key=lambda item: _duration_rank(item[0]))),
         "by_task_type": by(lambda request: request.metadata["question"]["task_type"]),
-        "by_domain": by(lambda request: request.metadata["film"]["video_category"]),
+        "by_domain": by(lambda request: field(request.metadata["film"], "domain")),
     }
 
 
@@ -220,14 +250,9 @@ def _duration_rank(name: str) -> int:
 
 def _swapped(films: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     shown: dict[str, str] = {}
-    for duration in dict.fromkeys(film["duration_category"] for film in films):
-        shown.update(derangement([film["video_id"] for film in films if film["duration_category"] == duration]))
+    for duration in dict.fromkeys(field(film, "duration") for film in films):
+        shown.update(derangement([film["video_id"] for film in films if field(film, "duration") == duration]))
     return shown
-
-
-def _find_film(data: Path, video_id: str) -> Path:
-    matches = sorted((data / "videos").glob(f"{video_id}.*"))
-    return matches[0] if matches else data / "videos" / f"{video_id}.mp4"  # missing: the runner counts and names it
 
 
 def _subtitles(path: Path, refs: Sequence[FrameRef]) -> list[str]:
@@ -240,20 +265,22 @@ def _subtitles(path: Path, refs: Sequence[FrameRef]) -> list[str]:
 
 
 def _examples(requests: Sequence[Request], responses: Mapping[str, str | None]) -> list[dict[str, Any]]:
-    """Two questions of each length class, with four frames spread over what was shown."""
+    """Two questions of each length class, with four frames spread over what was shown; right as lmms-eval reads."""
     chosen = []
-    for duration in dict.fromkeys(request.metadata["film"]["duration_category"] for request in requests):
-        members = [request for request in requests if request.metadata["film"]["duration_category"] == duration]
+    for duration in dict.fromkeys(field(request.metadata["film"], "duration") for request in requests):
+        members = [request for request in requests if field(request.metadata["film"], "duration") == duration]
         chosen.extend(members[:: max(1, len(members) // 2)][:2])
-    return [
-        {
-            "id": request.id,
-            "question": "\n".join([request.metadata["question"]["question"], *request.metadata["question"]["choices"]]),
-            "response": responses[request.id],
-            "reference": request.metadata["question"]["answer"],
-            "correct": official_letter(responses[request.id] or "") == request.metadata["question"]["answer"],
-            "shown": f"{len(request.frames)} frames of {request.metadata['shown']}",
-            "frames": spread(request.frames, 4),
-        }
-        for request in chosen
-    ]
+    return [_example(request, responses[request.id]) for request in chosen]
+
+
+def _example(request: Request, response: str | None) -> dict[str, Any]:
+    question = request.metadata["question"]
+    return {
+        "id": request.id,
+        "question": "\n".join([question["question"], *field(question, "options")]),
+        "response": response,
+        "reference": question["answer"],
+        "correct": lmms_letter(response or "") == question["answer"],
+        "shown": f"{len(request.frames)} frames of {request.metadata['shown']}",
+        "frames": spread(request.frames, 4),
+    }

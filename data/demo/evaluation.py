@@ -41,21 +41,21 @@ def write_film(index: int, out: Path, seed: int, cache: str) -> tuple[dict[str, 
     (out / "subtitles" / f"{name}.srt").write_text(subtitles(narration(script, rng)))
     questions = []
     for k, question in enumerate(script_questions(script, rng)[:3]):
-        choices = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, question.choices, strict=True)]
+        options = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, question.choices, strict=True)]
         questions.append(
             {
                 "question_id": f"{name}-{k + 1}",
                 "task_type": question.task_type,
                 "question": question.text,
-                "choices": choices,
+                "options": options,
                 "answer": question.letter,
             }
         )
     entry = {
         "video_id": name,
-        "duration_category": DURATIONS[index % len(DURATIONS)],
-        "video_category": "Film & Television",
-        "video_subcategory": "Animation",
+        "duration": DURATIONS[index % len(DURATIONS)],
+        "domain": "Film & Television",
+        "sub_category": "Animation",
         "questions": questions,
     }
     return entry, {"video": name, "caption": film_caption(script, rng), "events": script.facts}

@@ -40,13 +40,13 @@ def evaluation_folder(folder: Path, haystack_seconds: int = 12) -> Path:
                 "question_id": f"{video_id}-{number}",
                 "task_type": "Counting Problem" if number == 1 else "Object Recognition",
                 "question": f"What is number {number}?",
-                "choices": ["A. One.", "B. Two.", "C. Three.", "D. Four."],
+                "options": ["A. One.", "B. Two.", "C. Three.", "D. Four."],
                 "answer": "ABCD"[number],
             }
             for number in (1, 2)
         ]
-        categories = {"video_category": "Knowledge", "video_subcategory": "Law"}
-        films.append({"video_id": video_id, "duration_category": duration, **categories, "questions": questions})
+        categories = {"duration": duration, "domain": "Knowledge", "sub_category": "Law"}
+        films.append({"video_id": video_id, **categories, "questions": questions})
         captions.append({"video": video_id, "caption": f"A red circle, then number {index}.", "events": ["red circle"]})
     (folder / "videomme.json").write_text(json.dumps(films))
     (folder / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in captions))

@@ -132,15 +132,15 @@ def test_the_evaluation_folder_has_the_official_layout(cache, tmp_path):
     out = tmp_path / "evaluation"
     demo.evaluation(out, films=4, captions=2, needles=6, haystack=100, cache=cache, threads=1)
     entries = json.loads((out / "videomme.json").read_text())
-    assert [e["duration_category"] for e in entries] == ["short", "medium", "short", "long"]
+    assert [e["duration"] for e in entries] == ["short", "medium", "short", "long"]
     for entry in entries:
-        assert set(entry) == {"video_id", "duration_category", "video_category", "video_subcategory", "questions"}
+        assert set(entry) == {"video_id", "duration", "domain", "sub_category", "questions"}
         assert len(decode((out / "videos" / f"{entry['video_id']}.mp4").read_bytes())[1]) >= 16
         assert (out / "subtitles" / f"{entry['video_id']}.srt").read_text().startswith("1\n00:00:00,000 --> ")
         for question in entry["questions"]:
-            assert set(question) == {"question_id", "task_type", "question", "choices", "answer"}
-            assert [choice[:3] for choice in question["choices"]] == ["A. ", "B. ", "C. ", "D. "]
-            options = [choice[3:] for choice in question["choices"]]
+            assert set(question) == {"question_id", "task_type", "question", "options", "answer"}
+            assert [option[:3] for option in question["options"]] == ["A. ", "B. ", "C. ", "D. "]
+            options = [option[3:] for option in question["options"]]
             assert options == sorted(options)
             assert question["answer"] in "ABCD"
     captions = [json.loads(line) for line in (out / "captions.jsonl").read_text().splitlines()]

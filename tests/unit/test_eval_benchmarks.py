@@ -1,6 +1,7 @@
 """The three benchmarks: what they ask, and how they score."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -96,13 +97,67 @@ def test_a_grid_longer_than_the_film_and_a_missing_picture_are_refused(data, tmp
         needle.requests(tmp_path / "elsewhere")
 
 
+@pytest.mark.parametrize(
+    ("file", "text", "words"),
+    [
+        ("needles.jsonl", "", "the list of needles is empty"),
+        ("needles.jsonl", '{"image": "0.png"', r"needles\.jsonl, line 1: not JSON"),
+        ("needles.jsonl", '\n{"image": "0.png", "answer": "1"}', r"needles\.jsonl, line 2: lacks 'question'"),
+        ("needles.jsonl", '{"image": "0.png", "question": "?"}', r"needles\.jsonl, line 1: lacks 'answer'"),
+        (
+            "needles.jsonl",
+            '{"image": "0.png", "question": "?", "answer": 7}',
+            r"needles\.jsonl, line 1: 'answer' is '7'; it must be text",
+        ),
+        ("dataset.json", "[", r"dataset\.json: not a JSON file"),
+        ("dataset.json", "{}", r"dataset\.json: must hold a list"),
+        ("dataset.json", '[{"path": "0.png", "answer": "1"}]', r"dataset\.json, entry 1: lacks 'prompt'"),
+    ],
+)
+def test_needles_that_are_not_as_they_must_be_are_refused_by_line(tmp_path, file, text, words):
+    (tmp_path / "needle" / "images").mkdir(parents=True)
+    (tmp_path / "needle" / "images" / "0.png").write_bytes(b"")
+    (tmp_path / "needle" / file).write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        needle.requests(tmp_path)
+
+
+def test_the_haystack_is_the_one_film_of_its_name(data, tmp_path):
+    shutil.copytree(data / "needle", tmp_path / "needle")
+    (tmp_path / "needle" / "haystack.json").write_text("{}")
+    assert Path(needle.requests(tmp_path, **GRID)[0].frames[1].path).name == "haystack.mp4"
+    (tmp_path / "needle" / "haystack.mkv").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"'haystack' may be any of haystack\.mkv, haystack\.mp4"):
+        needle.requests(tmp_path, **GRID)
+    for film in (tmp_path / "needle").glob("haystack.m*"):
+        film.unlink()
+    with pytest.raises(ConfigError, match=r"no haystack\.mp4 here"):
+        needle.requests(tmp_path, **GRID)
+
+
+def test_a_needle_whose_picture_cannot_be_read_is_counted_and_costs_no_other_answer(data, tmp_path):
+    shutil.copytree(data / "needle", tmp_path / "needle")
+    (tmp_path / "needle" / "images" / "0.png").write_bytes(b"not a picture")
+    options = {"frames": (4,), "depths": (0.0, 0.5), "answers": 3}
+    scores = run_benchmark(needle, ScriptedAnswerer(), tmp_path, tmp_path / "out", options=options)
+    assert set(scores["failed"]) == {"4-0-0", "4-0.5-0"}
+    assert json.loads((tmp_path / "out" / "scores.json").read_text())["failed"] == scores["failed"]
+    # The example that is shown is one of them: the frames around its needle are kept.
+    (example,) = scores["examples"]
+    assert example["id"] in scores["failed"]
+    assert len(example["frames"]) == 2
+
+
 # --- VideoMME
 
 
 @pytest.mark.parametrize(
     ("response", "official", "lmms_eval"),
     [
-        ("Answer: B", "A", "B"),
+        ("Answer: B", "B", "B"),
+        ("ANSWER: B", "A", "B"),  # official: lead-ins in this case only
+        ("Option: C", "C", "C"),
+        ("The correct option: (D)", "D", "D"),
         ("Clearly B", "C", "B"),
         ("B", "B", "B"),
         ("B.", "B", "B"),
@@ -156,7 +211,7 @@ def test_the_official_protocol_leaves_unanswered_questions_out_and_lmms_eval_cou
     responses = {request.id: request.metadata["question"]["answer"] for request in requests}
     responses[requests[0].id] = "nothing to see"
     responses[requests[1].id] = None
-    responses[requests[2].id] = "Answer: B"  # B is right
+    responses[requests[2].id] = "Clearly B"  # B is right
     scores = videomme.score(requests, responses)
     assert scores["official"]["overall"] == {
         **{"accuracy": 5 / 6, "correct": 5, "counted": 6, "unanswered": 2},
@@ -174,18 +229,77 @@ def test_the_result_file_has_the_official_layout(data, tmp_path):
     run_benchmark(videomme, ScriptedAnswerer(lambda question: "B"), data, tmp_path)
     films = json.loads((tmp_path / "videomme-result.json").read_text())
     assert [film["video_id"] for film in films] == list(FILMS)
-    fields = {"video_id", "duration_category", "video_category", "video_subcategory", "questions", "missing"}
-    assert set(films[0]) == fields
+    assert set(films[0]) == {"video_id", "duration", "domain", "sub_category", "questions", "missing"}
     assert [question["response"] for question in films[0]["questions"]] == ["B", "B"]
-    assert films[0]["questions"][0]["choices"][1] == "B. Two."
+    assert films[0]["questions"][0]["options"][1] == "B. Two."
 
 
-def test_a_question_file_of_another_layout_is_refused_by_the_missing_field(tmp_path):
+def test_the_spelling_of_2024_is_read_and_written_too(data, tmp_path):
+    earlier = tmp_path / "earlier"
+    shutil.copytree(data / "videos", earlier / "videos")
+    text = (data / "videomme.json").read_text()
+    for name, old in videomme.EARLIER.items():
+        text = text.replace(f'"{name}"', f'"{old}"')
+    films = [{**film, "duration": 83.5} for film in json.loads(text)]  # seconds, of no meaning here
+    (earlier / "videomme.json").write_text(json.dumps(films))
+    answerers = [ScriptedAnswerer(lambda question: "B") for _ in range(2)]
+    ours, theirs = (
+        run_benchmark(videomme, answerer, folder, tmp_path / folder.name / "out")
+        for answerer, folder in zip(answerers, (data, earlier), strict=True)
+    )
+    assert answerers[0].asked == answerers[1].asked
+    assert ours["official"] == theirs["official"]
+    assert [example["question"] for example in ours["examples"]] == [e["question"] for e in theirs["examples"]]
+    assert set(ours["official"]["by_duration"]) == {"short", "long"}
+    written = json.loads((earlier / "out" / "videomme-result.json").read_text())
+    assert [{**film, "questions": []} for film in written] == [{**f, "missing": False, "questions": []} for f in films]
+    assert [{**q, "response": "B"} for film in films for q in film["questions"]] == [
+        question for film in written for question in film["questions"]
+    ]
+
+
+def test_examples_are_right_where_the_headline_accuracy_says_so(data):
+    requests = videomme.requests(data)
+    scores = videomme.score(requests, {request.id: "Clearly B" for request in requests})  # read as B; officially as C
+    assert [example["correct"] for example in scores["examples"]] == [
+        example["reference"] == "B" for example in scores["examples"]
+    ]
+    assert {example["reference"] for example in scores["examples"]} == {"B"}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"duration": None}, r"videomme\.json, film 1: lacks 'duration'"),
+        ({"domain": None}, r"videomme\.json, film 1: lacks 'domain'"),
+        ({"questions": {}}, "film 1: 'questions' is '{}'; it must be a list"),
+        ({"questions": ["?"]}, "film 001, question 1: must be an object with question_id, task_type"),
+        ({"questions": [{"question_id": "1"}]}, "film 001, question 1: lacks 'task_type'"),
+        (
+            {
+                "questions": [
+                    {**dict.fromkeys(("question_id", "task_type", "question", "answer"), "A"), "options": "AB"}
+                ]
+            },
+            "film 001, question 1: 'options' is 'AB'; it must be a list of texts",
+        ),
+    ],
+)
+def test_a_question_file_of_another_layout_is_refused_by_the_missing_field(tmp_path, change, words):
+    film = {"video_id": "001", "duration": "short", "domain": "Knowledge", "sub_category": "Law", "questions": []}
+    film = {name: value for name, value in {**film, **change}.items() if value is not None}
+    (tmp_path / "videomme.json").write_text(json.dumps([film]))
+    with pytest.raises(ConfigError, match=words):
+        videomme.requests(tmp_path)
+
+
+def test_a_question_file_that_is_missing_or_no_list_of_films_is_refused_by_name(tmp_path):
     with pytest.raises(ConfigError, match=r"videomme\.json: no such file"):
         videomme.requests(tmp_path)
-    (tmp_path / "videomme.json").write_text(json.dumps([{"video_id": "001", "questions": []}]))
-    with pytest.raises(ConfigError, match=r"film 001 lacks \['duration_category'"):
-        videomme.requests(tmp_path)
+    for text, words in (("[", "not a JSON file"), ("{}", "must hold a list"), ("[3]", "film 1: must be an object")):
+        (tmp_path / "videomme.json").write_text(text)
+        with pytest.raises(ConfigError, match=words):
+            videomme.requests(tmp_path)
 
 
 # --- captioning
@@ -219,12 +333,61 @@ def test_a_swapped_film_keeps_its_reference(data):
 def test_a_bad_line_of_captions_is_refused_by_its_number(data, tmp_path):
     with pytest.raises(ConfigError, match=r"captions\.jsonl: no such file"):
         captioning.requests(tmp_path)
-    (tmp_path / "captions.jsonl").write_text('{"video": "a", "caption": "b", "events": []}\n{"video": "a"}\n')
-    with pytest.raises(ConfigError, match=r"captions\.jsonl, line 2"):
-        captioning.requests(tmp_path)
+    line = {"video": "a", "caption": "b", "events": ["c"]}
+    for wrong, words in (
+        ('{"video": "b"}', "line 3: lacks 'caption'"),
+        ("{", "line 3: not JSON"),
+        (json.dumps({**line, "video": "b", "events": "red"}), "line 3: 'events' is 'red'; it must be a list of texts"),
+        (json.dumps({**line, "caption": "d"}), "lines 1 and 3: the film 'a' is listed twice"),
+    ):
+        (tmp_path / "captions.jsonl").write_text(f"{json.dumps(line)}\n\n{wrong}\n")
+        with pytest.raises(ConfigError, match=rf"captions\.jsonl, {words}"):
+            captioning.requests(tmp_path)
 
 
 def test_one_film_cannot_be_swapped(tmp_path):
     (tmp_path / "captions.jsonl").write_text('{"video": "a", "caption": "b", "events": ["c"]}\n')
     with pytest.raises(ConfigError, match="two films or more"):
         captioning.requests(tmp_path, swap=True)
+
+
+# --- options and files
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "options", "words"),
+    [
+        (needle, {"frames": ()}, "option 'frames' is empty"),
+        (needle, {"frames": (16, 0)}, "option 'frames' is 0; it must be at least 1"),
+        (needle, {"depths": ()}, "option 'depths' is empty"),
+        (needle, {"depths": (0.5, 1.01)}, "option 'depths' has 1.01"),
+        (needle, {"depths": (-0.1,)}, "option 'depths' has -0.1"),
+        (needle, {"depths": (float("nan"),)}, "option 'depths' has nan"),
+        (needle, {"answers": 0}, "option 'answers' is 0; it must be at least 1"),
+        (needle, {"max_new_tokens": 0}, "option 'max_new_tokens' is 0"),
+        *(
+            (benchmark, *case)
+            for benchmark in (videomme, captioning)
+            for case in (
+                ({"frames": 0}, "option 'frames' is 0; it must be at least 1"),
+                ({"fps": 0.0}, "option 'fps' is 0; it must be above 0, or none"),
+                ({"fps": -1.0}, "option 'fps' is -1"),
+                ({"fps": float("nan")}, "option 'fps' is nan"),
+                ({"max_new_tokens": 0}, "option 'max_new_tokens' is 0"),
+            )
+        ),
+    ],
+)
+def test_an_option_out_of_its_range_is_refused_by_name(data, benchmark, options, words):
+    with pytest.raises(ConfigError, match=words):
+        benchmark.requests(data, **{**(GRID if benchmark is needle else {}), **options})
+
+
+def test_files_beside_a_film_are_not_taken_for_it(data, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    for name in ("001.info.json", "001.a.mp4"):
+        (tmp_path / "data" / "videos" / name).write_bytes(b"")
+    for benchmark in (videomme, captioning):
+        request = benchmark.requests(tmp_path / "data")[0]
+        assert {Path(ref.path).name for ref in request.frames} == {"001.mp4"}
+        assert len(request.frames) == 3
