@@ -8,6 +8,8 @@
 set -euo pipefail
 
 here=$(dirname "${BASH_SOURCE[0]}")
+# Slurm runs a copy of a script, whatever it is called; the scripts that stay behind show where this one belongs.
+[ -x "$here/setup.sh" ] || here=$SLURM_SUBMIT_DIR/scripts
 if [ -d "$here/../.venv" ]; then
     PATH="$(cd "$here/.." && pwd)/.venv/bin:$PATH"
 fi

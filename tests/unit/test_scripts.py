@@ -16,8 +16,9 @@ ROOT = Path(__file__).parents[2]
 FAKES = {
     "python": 'echo "python $*"',
     "scontrol": "printf 'node7\\nnode8\\n'",
-    "srun": 'echo "srun $1"; shift; SLURM_NODEID=1 exec "$@"',
+    "srun": 'echo "srun $1 $2"; shift; SLURM_NODEID=1 exec "$@"',
 }
+STAGES = ["1_alignment", "2_pretraining", "3_short_sft", "4_context_extension", "5_long_sft"]
 TRAIN = "--module -- longvila.cli train"
 
 
@@ -33,11 +34,11 @@ def checkout(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def call(checkout: Path, script: Path, **environment: object) -> subprocess.CompletedProcess:
+def call(checkout: Path, script: Path, *arguments: str, **environment: object) -> subprocess.CompletedProcess:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "NNODES", "NPROC"))}
     kept["PATH"] = f"{checkout / 'fake'}:{kept['PATH']}"
     variables = {name: str(value) for name, value in environment.items()}
-    command = [str(script), "--run", "r", "--scale", "7b"]
+    command = [str(script), *arguments, "--run", "r", "--scale", "7b"]
     return subprocess.run(command, env=kept | variables, cwd=checkout, capture_output=True, text=True, check=False)
 
 
@@ -63,28 +64,40 @@ def test_a_machine_that_does_not_know_its_place_says_what_to_set(checkout: Path,
     assert f"set {missing} to" in result.stderr
 
 
-def test_a_slurm_batch_script_starts_once_on_every_node_from_its_copy(checkout: Path, tmp_path: Path):
-    copy = tmp_path / "spool"  # Slurm runs a copy of the script, in a folder of its own
-    copy.mkdir()
-    script = Path(shutil.copy(checkout / "scripts" / "5_long_sft.sh", copy))
+@pytest.mark.parametrize("copied_as", ["slurm_script", None], ids=["slurm_script", "own_name"])
+@pytest.mark.parametrize(
+    ("name", "arguments", "stages"),
+    [
+        ("5_long_sft.sh", [], ["5_long_sft"]),
+        ("run_stage.sh", ["joint_sft"], ["joint_sft"]),
+        ("train_all.sh", [], STAGES),
+    ],
+)
+def test_a_slurm_batch_script_starts_once_on_every_node_from_its_copy(
+    checkout: Path, name: str, arguments: list[str], stages: list[str], copied_as: str | None
+):
+    spool = checkout / "spool"  # Slurm runs a copy of the script, in a folder of its own on the first node
+    spool.mkdir()
+    script = Path(shutil.copy(checkout / "scripts" / name, spool / (copied_as or name)))
+    shutil.copytree(checkout / "fake", checkout / ".venv" / "bin")
+    (checkout / ".venv" / "bin" / "python").write_text('#!/usr/bin/env bash\necho "venv python $*"\n')
     job = {"SLURM_JOB_ID": 1, "SLURM_NNODES": 2, "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_SUBMIT_DIR": checkout}
-    result = call(checkout, script, **job)
+    result = call(checkout, script, *arguments, **job)
+    assert result.stderr == ""
     meeting = "--nnodes 2 --node-rank 1 --master-addr node7 --master-port 29500 --nproc-per-node auto"
-    assert result.stdout.splitlines() == [
-        "srun --ntasks-per-node=1",
-        f"python -m longvila.launch {meeting} {TRAIN} 5_long_sft --run r --scale 7b",
+    lines = [
+        (
+            f"srun --ntasks-per-node=1 {checkout}/scripts/run_stage.sh",  # the copy is on the first node only
+            f"venv python -m longvila.launch {meeting} {TRAIN} {stage} --run r --scale 7b",
+        )
+        for stage in stages
     ]
+    assert result.stdout.splitlines() == [line for pair in lines for line in pair]
 
 
 def test_train_all_runs_the_stages_in_order_and_stops_at_the_first_that_fails(checkout: Path):
     result = call(checkout, checkout / "scripts" / "train_all.sh")
-    assert [line.split(" train ")[1].split()[0] for line in result.stdout.splitlines()] == [
-        "1_alignment",
-        "2_pretraining",
-        "3_short_sft",
-        "4_context_extension",
-        "5_long_sft",
-    ]
+    assert [line.split(" train ")[1].split()[0] for line in result.stdout.splitlines()] == STAGES
     (checkout / "fake" / "python").write_text('#!/usr/bin/env bash\necho "$*"\n[[ "$*" != *2_pretraining* ]]\n')
     result = call(checkout, checkout / "scripts" / "train_all.sh")
     assert result.returncode == 1
