@@ -21,7 +21,7 @@ BAR_TITLES = {
     "videomme_over_chance": "VideoMME is answered from the frames, above chance",
     "caption_over_stage1": "Captions name what happens, unlike stage 1's or another film's",
     "gradient_max_error": "Gradients of several ranks equal those of one process",
-    "demo_minutes": "The whole demo takes at most 20 minutes",
+    "demo_minutes": "The whole demo takes no longer than it may",
 }
 CHANCE = 0.25
 """Of four options."""

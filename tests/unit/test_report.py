@@ -178,6 +178,15 @@ def test_the_last_two_bars_are_plain_bounds(error, minutes, holds):
     assert [entry["holds"] for entry in compute_bars(report)[4:]] == holds
 
 
+@pytest.mark.parametrize(("scale", "bound"), [("tiny", "20"), ("small", "90")])
+def test_the_page_names_the_minutes_of_the_scale_alone(run, scale, bound):
+    edit(run / "5_long_sft" / "summary.json", scale=scale)
+    write_report(run)
+    card = (run / "report.html").read_text().split("The whole demo takes no longer than it may")[1].split("</div>")[0]
+    assert f"(at most {bound})" in card
+    assert "20 minutes" not in (run / "report.html").read_text()
+
+
 def empty_report(evaluations: dict) -> dict:
     return {"scale": "tiny", "stages": [], "evaluations": evaluations, "gradients": None, "minutes": None}
 
