@@ -461,13 +461,19 @@ def folds(
             "groups": len(members),
             "ranks in each": len(members[0]),
             "span nodes": sum(len({rank // node for rank in group}) > 1 for group in members),
-            "ranks": " ".join(str(group).replace(" ", "") for group in members[:4]) + " ..." * (len(members) > 4),
+            "ranks": " ".join(map(_in_brackets, members[:4])) + " ..." * (len(members) > 4),
         }
         for name, members in groups.items()
     ]
     _print_table("folds", rows, f"{world} ranks in nodes of {node}")
     if warning := experts_between_nodes(parallel, world, node):
         output.print(f"[bold yellow]warning[/] {warning}")
+
+
+def _in_brackets(ranks: list[int]) -> str:
+    """Ranks, many of them as `[0,1,2,...,15]`, so that four groups leave the other columns of a table their room."""
+    whole, first = (",".join(map(str, shown)) for shown in (ranks, ranks[:3]))
+    return f"[{whole}]" if len(whole) <= 32 else f"[{first},...,{ranks[-1]}]"
 
 
 @verb

@@ -125,6 +125,19 @@ def test_folds_are_shown_without_a_process_and_experts_that_span_nodes_are_warne
     assert "parallel.experts=5" in result.output
 
 
+@pytest.mark.parametrize(("world", "size"), [(64, 4), (4096, 8)])
+def test_folds_of_many_ranks_leave_every_column_readable(world: int, size: int):
+    arguments = ["show", "folds", "--world", str(world), "--set", f"inner={size}", "--set", f"outer={size}"]
+    result = runner.invoke(app, [*arguments, "--set", "experts=8"])
+    assert result.exit_code == 0
+    assert "ranks in each" in result.output
+    assert "…" not in result.output  # how rich cuts a cell that does not fit
+    groups = {line.split()[0]: line.split()[4:] for line in result.output.splitlines() if line.strip()}
+    assert groups["sequence"][0] == f"[0,1,2,...,{size * size - 1}]"
+    assert groups["experts"][0] == "[0,1,2,3,4,5,6,7]"
+    assert len(groups["copies"]) == 5  # four groups, and three points for the others
+
+
 @pytest.mark.parametrize(
     ("choices", "words"),
     [
