@@ -21,7 +21,7 @@ from longvila.parallel.kernel import flash_attention_4
 ABSENT = "not installed"
 
 PACKAGES = ("transformers", "open_clip_torch", "webdataset", "peft", "av")
-OPTIONAL_PACKAGES = ("flash-attn-4", "decord", "deepspeed", "gguf")
+OPTIONAL_PACKAGES = ("flash-attn-4", "deepspeed", "gguf")
 DECODERS = ("h264", "hevc", "vp9", "av1")
 ENCODER = "libx264"
 

@@ -6,6 +6,8 @@ import ast
 import os
 import re
 import subprocess
+import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,20 @@ def test_every_folder_of_the_machinery_is_a_package():
 def test_every_module_opens_with_what_it_is_for():
     modules = [path for folder in ("longvila", "data", "stages", "eval") for path in (ROOT / folder).rglob("*.py")]
     assert [in_project(path) for path in modules if not ast.get_docstring(syntax(path))] == []
+
+
+def test_every_required_package_is_imported():
+    # Through others: TensorBoard by torch.utils.tensorboard, torchvision by open_clip, which takes any version of it.
+    used = {"tensorboard", "torchvision"}
+    owners = packages_distributions()
+    for folder in ("longvila", "data", "stages", "eval"):
+        for node in (node for path in (ROOT / folder).rglob("*.py") for node in ast.walk(syntax(path))):
+            names = [node.module] if isinstance(node, ast.ImportFrom) and node.module and not node.level else []
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else names
+            used.update(package.lower().replace("_", "-") for n in names for package in owners.get(n.split(".")[0], []))
+    required = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    names = [re.split(r"[<>=]", requirement)[0].lower().replace("_", "-") for requirement in required]
+    assert [name for name in names if name not in used] == []
 
 
 def test_the_library_never_prints():
