@@ -181,6 +181,7 @@ def _context_attention(
                     answer.add(task.q, block)
             if answer is not mine:
                 answer.close()
+        fetches.release(index)
         answers.move(index)
     fetches.finish()
     mine.close()
@@ -232,6 +233,7 @@ def _context_attention_backward(
             for sums in (of_queries, of_keys):
                 if sums not in (my_queries, my_keys):
                     sums.close()
+        fetches.release(index)
         key_returns.move(index)
         query_returns.move(index)
     fetches.finish()

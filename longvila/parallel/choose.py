@@ -34,7 +34,12 @@ LAYOUTS: dict[LayoutName, Layout] = {
 }
 
 
-@lru_cache(maxsize=256)
+PLANS = 8
+"""Rows whose plan is kept for when they come again: in validation, or one layout tried after another. Most rows never
+do, and a plan of 800 documents over 32 ranks takes 48 MB."""
+
+
+@lru_cache(maxsize=PLANS)
 def make_plan(
     lengths: tuple[int, ...],
     inner: int = 1,
@@ -83,7 +88,7 @@ CANDIDATES: tuple[tuple[LayoutName, RoutingName], ...] = (
 )
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=PLANS)
 def choose(
     lengths: tuple[int, ...],
     inner: int,

@@ -286,6 +286,7 @@ def make_fold(parallel: ParallelConfig, device_type: str) -> Fold:
     inner, inner_returns = context, returns
     if parallel.outer > 1:
         inner, inner_returns = _my_group(groups["ring"]), _my_group(groups["ring"])
+    _open([sequence, context, returns, inner, inner_returns], device_type)
     experts = None
     if (shared := parallel.experts * parallel.expert_tensor) > 1:
         sizes = (world // shared, parallel.experts, parallel.expert_tensor)
@@ -312,6 +313,13 @@ def make_fold(parallel: ParallelConfig, device_type: str) -> Fold:
         data_rank=mesh.get_local_rank("data"),
         num_data=num_data,
     )
+
+
+def _open(groups: list[dist.ProcessGroup], device_type: str) -> None:
+    """First use of groups over which transfers go. NCCL connects a group when it is first used, which all of its ranks
+    must take part in; but a rank that has nothing to send or receive in a row takes no part in its transfers."""
+    for group in dict.fromkeys(groups):
+        dist.all_reduce(torch.zeros(1, device=device_type), group=group)
 
 
 def _axes(parallel: ParallelConfig) -> tuple[str, ...]:

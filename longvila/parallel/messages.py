@@ -42,7 +42,15 @@ class Fetches:
                     blocks = tuple(x.new_empty(_resized(x, transfer.num_tokens)) for x in like)
                     self._held[transfer.cargo, transfer.owner] = blocks
                     incoming.append((transfer, blocks))
-            self._mail.post(self._links, outgoing, incoming)
+            self._mail.post(self._links, outgoing, incoming, index)
+
+    def release(self, index: int) -> None:
+        """After the tasks of step `index`: lets go of what no later step needs, so that a ring holds a few blocks at a
+        time and not the whole row."""
+        for key, last in self._program.last_uses.items():
+            if last == index:
+                self._held.pop(key)
+        self._mail.release(index)
 
     def _cargo(self, transfer: Transfer) -> tuple[Tensor, ...]:
         tensors = self._held[transfer.cargo, transfer.owner]
@@ -92,8 +100,9 @@ class Returns:
                 if transfer.source != me:
                     blocks = tuple(x.new_empty(_resized(x, transfer.num_tokens)) for x in self._mine)
                     incoming.append((transfer, blocks))
-            self._mail.post(self._links, outgoing, incoming)
+            self._mail.post(self._links, outgoing, incoming, index)
             self._arrived += incoming
+        self._mail.release(index)
 
     def _close(self, transfer: Transfer) -> tuple[Tensor, ...]:
         """What this rank and those before it have for `transfer.owner`."""
@@ -126,13 +135,16 @@ class _Mail:
 
     def __init__(self) -> None:
         self._receives: dict[Transfer, list[dist.Work]] = {}
-        self._sends: list[tuple[dist.Work, object]] = []
+        self._sends: list[tuple[int, bool, dist.Work, object]] = []
+        """Of each: the step at which it was posted, whether it passes on what is another rank's and goes further, its
+        work, and the tensor, which is read until it is done."""
 
     def post(
         self,
         links: Links,
         outgoing: list[tuple[Transfer, tuple[Tensor, ...]]],
         incoming: list[tuple[Transfer, tuple[Tensor, ...]]],
+        index: int,
     ) -> None:
         """Posts one batch over one link class. NCCL makes it one operation, and its order is that of the program."""
         ops = []
@@ -150,8 +162,9 @@ class _Mail:
         if len(works) < len(ops):  # NCCL: one work for all
             works = [works[0]] * len(ops)
         remaining = iter(works)
-        for _, tensors in outgoing:
-            self._sends += [(next(remaining), x) for x in tensors]  # a send reads its tensor until it is done
+        for transfer, tensors in outgoing:
+            passed_on = transfer.owner not in (transfer.source, transfer.target)
+            self._sends += [(index, passed_on, next(remaining), x) for x in tensors]
         for transfer, tensors in incoming:
             self._receives[transfer] = [next(remaining) for _ in tensors]
 
@@ -164,9 +177,21 @@ class _Mail:
         for work in self._receives.pop(transfer):
             work.wait()
 
+    def release(self, index: int) -> None:
+        """Lets go of what was passed on before step `index`: the next rank, a step behind at most, has it. Other sends
+        are not waited for, so that no rank waits for a slower one that it needs nothing from."""
+        left = []
+        for send in self._sends:
+            posted, passed_on, work, _ = send
+            if passed_on and posted < index:
+                work.wait()
+            else:
+                left.append(send)
+        self._sends = left
+
     def finish(self) -> None:
         """Waits for all sends."""
-        for work, _ in self._sends:
+        for *_, work, _ in self._sends:
             work.wait()
         self._sends.clear()
 

@@ -92,6 +92,17 @@ class Program:
         moves = [*self.fetches, *self.returns]
         return tuple(sorted({s.index for s in self.steps} | {t.posted for t in moves} | {t.step for t in self.fetches}))
 
+    @cached_property
+    def last_uses(self) -> dict[tuple[Cargo, int], int]:
+        """Keys and queries of other ranks, by cargo and owner: the last step at which they are read or passed on."""
+        last: dict[tuple[Cargo, int], int] = {}
+        uses = [((step.cargo, step.owner), step.index) for step in self.steps]
+        uses += [((t.cargo, t.owner), t.posted) for t in self.fetches if t.source == self.rank]
+        for key, index in uses:
+            if key[1] != self.rank:
+                last[key] = max(index, last.get(key, index))
+        return last
+
     def steps_at(self, index: int) -> list[Step]:
         """The step at `index`, if there is one."""
         return [step for step in self.steps if step.index == index]

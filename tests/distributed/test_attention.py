@@ -109,6 +109,54 @@ def test_a_fold_that_does_not_divide_the_world_is_refused_on_every_rank():
     assert str(caught.value).count(ConfigError.__name__ + ":") == 2
 
 
+def first_uses(parallel):
+    """Groups over which transfers go that `make_fold` has not used with all of their ranks."""
+    used, real = [], dist.all_reduce
+
+    def noted(tensor, op=dist.ReduceOp.SUM, group=None, async_op=False):
+        used.append(group)
+        return real(tensor, op, group, async_op)
+
+    dist.all_reduce = noted
+    fold = make_fold(parallel, "cpu")
+    carriers = {
+        fold.sequence,
+        *(group for links in (fold.links, fold.return_links) for group in (links.inner, links.outer)),
+    }
+    return len(carriers), len(carriers - set(used))
+
+
+@pytest.mark.parametrize(("parallel", "groups"), [(ParallelConfig(inner=4), 3), (ParallelConfig(1, 2, 2), 5)], ids=str)
+def test_groups_are_first_used_by_all_of_their_ranks_and_not_by_transfers(parallel, groups):
+    assert run_ranks(first_uses, 4, parallel) == [(groups, 0)] * 4
+
+
+def most_held(parallel):
+    """Of a ring's forward and backward: the most tokens of keys that are held after a step, and unfinished sends."""
+    tokens, sends, real = [], [], messages.Fetches.release
+
+    def release(self, index):
+        real(self, index)
+        tokens.append(sum(held[0].shape[2] for (cargo, _), held in self._held.items() if cargo == "keys"))
+        sends.append(len(self._mail._sends))
+
+    messages.Fetches.release = release
+    fold = make_fold(parallel, "cpu")
+    plan = make_plan((64,), fold.inner, fold.outer, layout="zigzag", routing=parallel.routing)
+    error = attention_error(fold, plan, (4, 2), Mask(), torch.float64)
+    return error < 1e-12, max(tokens), max(sends)
+
+
+@pytest.mark.parametrize(
+    "parallel", [ParallelConfig(inner=4, routing="relay"), ParallelConfig(1, 2, 2, routing="relay")]
+)
+def test_a_ring_holds_a_few_blocks_and_not_the_whole_row(parallel):
+    for right, tokens, sends in run_ranks(most_held, 4, parallel):
+        assert right
+        assert tokens <= 3 * 16  # this rank's own, one at hand and one ahead
+        assert sends <= 2 * 2  # keys and values: its own, and of one block passed on
+
+
 # Each fault is put in on every rank, and must show in out or in a gradient.
 
 
