@@ -24,6 +24,7 @@ from longvila.apply.attention import ATTENTION, NUMBER, attention_of
 from longvila.apply.experts import check_experts, check_mixture, set_up_experts
 from longvila.apply.parameters import blocks, shard_parameters
 from longvila.apply.pipeline import keep_own_layers, make_chunks, stretches
+from longvila.apply.probe import check_language_model
 from longvila.apply.tensor import cut_matrices
 from longvila.config import MixtureConfig, ParallelConfig, RecomputeName, ShardingConfig
 from longvila.errors import ConfigError
@@ -93,9 +94,10 @@ def apply_folds(
             f"(recompute={recompute}); use recompute=none, or the schedule 1f1b"
         )
     mixture = mixture or MixtureConfig()
-    num_experts = check_mixture(getattr(model, "language_model", model), fold, mixture)  # a stage may have none of them
-    layers = keep_own_layers(cast(LongVilaModel, model), fold, parallel) if stages > 1 else []
     language_model = getattr(model, "language_model", model)
+    num_experts = check_mixture(language_model, fold, mixture)  # a stage may have none of them
+    check_language_model(language_model, fold.num_sequence)
+    layers = keep_own_layers(cast(LongVilaModel, model), fold, parallel) if stages > 1 else []
     language_model.set_attn_implementation(ATTENTION)
     if recompute_keeps is not None:
         # Only then do layers need numbers; they would cost `torch.compile` a graph for each.

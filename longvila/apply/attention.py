@@ -62,8 +62,21 @@ def folded_attention(
     return out.transpose(1, 2).contiguous(), None
 
 
+def refuse_mask(*_args: object, attention_mask: Tensor | None = None, **_kwargs: object) -> None:
+    """transformers' mask interface: no mask is made, since the plan says who sees whom.
+
+    Raises:
+        ConfigError: for a mask of the caller's that hides tokens.
+    """
+    if attention_mask is not None and not attention_mask.all():
+        raise ConfigError(
+            f"attention_mask hides {int((attention_mask == 0).sum())} of {attention_mask.numel()} tokens; under "
+            f"'{ATTENTION}' the plan says who sees whom: leave padding out of the row, and attention_mask out"
+        )
+
+
 AttentionInterface.register(ATTENTION, folded_attention)
-AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
+AttentionMaskInterface.register(ATTENTION, refuse_mask)
 
 
 def attention_of(config: PreTrainedConfig) -> ModelAttention:

@@ -114,6 +114,20 @@ def stretches(layers: int, parallel: ParallelConfig) -> list[range]:
     return [range(end - size, end) for size, end in zip(sizes, ends, strict=True)]
 
 
+def _leaves_inputs_alone(decoder: Any) -> bool:
+    """Whether a decoder without layers and norm gives back its `inputs_embeds`. Some scale them (Granite)."""
+    empty = copy.copy(decoder)
+    empty._modules = {
+        **decoder._modules, "layers": nn.ModuleList(map(elsewhere, decoder.layers)), "norm": Elsewhere()
+    }  # fmt: skip
+    weight = decoder.embed_tokens.weight
+    embeds = torch.linspace(-1, 1, 2 * weight.shape[1], dtype=weight.dtype, device=weight.device).view(1, 2, -1)
+    with torch.no_grad():
+        positions = torch.arange(2, device=weight.device)[None]
+        out = empty(inputs_embeds=embeds, position_ids=positions, use_cache=False).last_hidden_state
+    return torch.equal(out, embeds)
+
+
 def keep_own_layers(model: LongVilaModel, fold: Fold, parallel: ParallelConfig) -> list[range]:
     """Drops the layers, and what lies before and behind them, that other stages hold, in place.
 
@@ -132,6 +146,11 @@ def keep_own_layers(model: LongVilaModel, fold: Fold, parallel: ParallelConfig) 
         raise ConfigError(
             f"parallel.pipeline={fold.num_stages}: {type(decoder).__name__} has no {' and no '.join(missing)}, so that "
             f"its layers cannot be shared out; use 1"
+        )
+    if not _leaves_inputs_alone(decoder):
+        raise ConfigError(
+            f"parallel.pipeline={fold.num_stages}: {type(decoder).__name__} changes what it is given before its first "
+            f"layer, which every stage would do again; use 1"
         )
     own = stretches(len(decoder.layers), parallel)[fold.stage_number :: fold.num_stages]
     first, last = fold.stage_number == 0, fold.stage_number == fold.num_stages - 1

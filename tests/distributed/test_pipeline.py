@@ -90,6 +90,13 @@ def test_other_language_models_have_the_step_of_one_rank(name):
         assert (found[parameter] - gradient).abs().max() < bound * gradient.abs().max(), parameter
 
 
+def test_a_decoder_that_scales_what_it_is_given_is_refused_by_name():
+    # Each stage would scale again; the loss would be off by 5e-5 and nobody would see it.
+    build = partial(make_model, text=transformers.GraniteConfig(**SHAPE, embedding_multiplier=12.0))
+    with pytest.raises(RankError, match="GraniteModel changes what it is given before its first layer"):
+        run_ranks(engines.make_state, 2, ParallelConfig(pipeline=2), torch.float64, build)
+
+
 def steps_of(parallel, count):
     figures, _, weights = engines.engine_steps(parallel, "fsdp2", torch.float64, count)
     return figures, weights
