@@ -91,24 +91,42 @@ def _train(config: StageConfig, run: Path, data: Path, profile: tuple[int, int] 
     return folder / "model"
 
 
+MAY_CHANGE = frozenset({
+    *("parallel", "sharding", "engine", "deepspeed_json", "recompute", "recompute_keeps", "tile_tokens"),
+    *("checkpoint_every", "checkpoints_kept", "checkpoint_async", "rank_timeout", "peak_flops"),
+})  # fmt: skip
+"""Fields of a stage that say how it is carried out and not what is trained: a run goes on under others."""
+
+
 def claim_folder(folder: Path, config: StageConfig, write: bool = True) -> bool:
     """Makes the stage's folder and saves the configuration, if `write`; True where the stage is already complete.
 
     Raises:
-        ConfigError: where the folder holds a run of another configuration.
+        ConfigError: where the folder holds a run that trains something else, naming the fields that differ.
     """
     text, path = configuration.to_json(config), folder / "config.json"
-    if path.exists() and path.read_text() != text:
+    differs = _differing(path.read_text(), text) if path.exists() else set()
+    if others := sorted(differs - MAY_CHANGE):
         raise ConfigError(
-            f"{folder} holds a run with another configuration ({path} differs); use another --run, or remove the folder"
+            f"{folder} holds a run with another configuration: {', '.join(others)} in {path}; use another --run, or "
+            f"remove the folder"
         )
     complete = (folder / "model" / "config.json").exists()
     barrier()
-    if write and dist.get_rank() == 0 and not path.exists():
+    if write and dist.get_rank() == 0 and not complete and (differs or not path.exists()):
+        if differs:
+            log.info("%s goes on with another %s", config.name, ", ".join(sorted(differs)))
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        path.with_suffix(".new").write_text(text)
+        path.with_suffix(".new").replace(path)
     barrier()
     return complete
+
+
+def _differing(one: str, other: str) -> set[str]:
+    """Top-level fields in which two configurations differ, as they are written."""
+    first, second = json.loads(one), json.loads(other)
+    return {name for name in first.keys() | second.keys() if first.get(name) != second.get(name)}
 
 
 def load_start(config: StageConfig, run: Path) -> tuple[LongVilaModel, PreTrainedTokenizerBase]:

@@ -38,7 +38,7 @@ def freeze(model: nn.Module, expressions: Iterable[str]) -> None:
     """Freezes the trained parameters whose names hold a match of one of `expressions`.
 
     Raises:
-        ConfigError: for an expression that matches none of them, or if nothing would be trained.
+        ConfigError: for an expression that matches none of them, or if nothing of a part would be trained.
     """
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     for expression in expressions:
@@ -47,8 +47,12 @@ def freeze(model: nn.Module, expressions: Iterable[str]) -> None:
             raise ConfigError(f"freezes: '{expression}' matches no trained parameter; they are {_some(trained)}")
         for name in found:
             trained[name].requires_grad_(False)
-    if not any(parameter.requires_grad for parameter in trained.values()):
-        raise ConfigError(f"freezes {list(expressions)} leaves no parameter to train")
+    for part in PARTS:
+        left = [parameter.requires_grad for name, parameter in trained.items() if name.startswith(f"{part}.")]
+        if left and not any(left):
+            raise ConfigError(
+                f"freezes {list(expressions)} leaves no parameter of {part} to train; take it out of trains"
+            )
 
 
 def add_lora(language_model: nn.Module, lora: LoraConfig) -> LoraModel:

@@ -49,20 +49,21 @@ def take_step(state: TrainingState, batch: Step, rate: float) -> dict[str, float
     """One optimizer step; returns its figures, equal on all ranks.
 
     Raises:
-        LongvilaError: on every rank, when a step has no target, or too many in a row had to be skipped.
+        LongvilaError: on every rank, when a step never had a target, or too many in a row had to be skipped.
     """
-    if batch.num_targets == 0:
+    if batch.num_targets == 0 and not sum_over_world(batch.num_dropped)[0]:
         raise LongvilaError(f"no target token in the whole step (samples {[row.keys for row in batch.rows]})")
+    divisor = max(batch.num_targets, 1)  # none: all documents were dropped, and the step is skipped
     loss, routers = 0.0, state.engine.routers
     if routers:
         routers.rows = len(batch.rows)
     if state.engine.pipeline is not None:
-        loss = run_pipeline(state, batch.rows, batch.num_targets)
+        loss = run_pipeline(state, batch.rows, divisor)
     else:
         for index, row in enumerate(batch.rows):
             output = forward_row(state, row)
             # The only division: from here on every gradient is a plain sum over ranks.
-            state.engine.backward(output / batch.num_targets, last=index + 1 == len(batch.rows))
+            state.engine.backward(output / divisor, last=index + 1 == len(batch.rows))
             loss += output.item()
     counted = {
         "tokens": sum(sum(row.lengths) for row in batch.rows),
@@ -73,13 +74,14 @@ def take_step(state: TrainingState, batch: Step, rate: float) -> dict[str, float
         "shortened": batch.num_shortened,
     }
     loss, *sums = sum_over_world(loss, *counted.values())
-    loss /= batch.num_targets
+    loss = loss / batch.num_targets if batch.num_targets else math.nan
     grad_norm = state.engine.gradient_norm()
     bound = state.config.optimizer.skip_norm or float("inf")
     skipped = not (math.isfinite(loss) and math.isfinite(grad_norm) and grad_norm <= bound)
     if skipped:
         state.engine.discard()
-        _count_skipped(state, f"loss {loss:g}, gradient norm {grad_norm:g}", [row.keys for row in batch.rows])
+        figures = f"loss {loss:g}, gradient norm {grad_norm:g}, {batch.num_targets} targets"
+        _count_skipped(state, figures, [row.keys for row in batch.rows])
     else:
         state.skipped_in_a_row = 0
         state.engine.step(rate)

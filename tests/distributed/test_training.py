@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,10 @@ from longvila.bench.engines import (
     OPTIMIZER,
     RATE,
     ROWS_PER_STEP,
+    make_config,
     make_rows,
     make_state,
+    make_step,
     plain_steps,
     take_steps,
 )
@@ -23,8 +26,10 @@ from longvila.errors import ConfigError
 from longvila.parallel.launch import RankError, run_ranks
 from longvila.train import loop
 from longvila.train import step as step_module
+from longvila.train.feed import IGNORE, Step
 from longvila.train.gradients import make_model, make_row, reference
-from longvila.train.loop import check_context, part_checksums
+from longvila.train.loop import check_context, claim_folder, part_checksums
+from longvila.train.step import take_step
 
 from .training_parts import RowList, whole_weights
 
@@ -160,6 +165,42 @@ def poison_all(bound):
     state = make_state(ParallelConfig(inner=2))
     state.config = dataclasses.replace(state.config, optimizer=dataclasses.replace(OPTIMIZER, **bound))
     take_steps(state, 0, 5)
+
+
+def without_targets(parallel, dropped):
+    """A step whose rows have no target left, of which rank 0's group dropped `dropped` documents; then another."""
+    state = make_state(parallel)
+    before = whole_weights(state.model)
+    step = make_step(state.fold, 0)
+    rows = tuple(dataclasses.replace(row, labels=torch.full_like(row.labels, IGNORE)) for row in step.rows)
+    figures = take_step(state, Step(rows, 0, dropped if state.fold.data_rank == 0 else 0), RATE)
+    unmoved = all(torch.equal(weight, before[name]) for name, weight in whole_weights(state.model).items())
+    return figures["skipped"], unmoved, take_steps(state, 1, 1)[0]["skipped"]
+
+
+@pytest.mark.parametrize("parallel", [ParallelConfig(), ParallelConfig(inner=2), ParallelConfig(pipeline=2)], ids=str)
+def test_a_step_whose_documents_were_all_dropped_is_skipped_by_all_ranks(parallel):
+    assert run_ranks(without_targets, 2, parallel, 2) == [(1, True, 0)] * 2
+
+
+def test_a_step_that_never_had_a_target_is_an_error_on_every_rank():
+    with pytest.raises(RankError, match="no target token in the whole step") as caught:
+        run_ranks(without_targets, 2, ParallelConfig(), 0)
+    assert str(caught.value).count("LongvilaError: no target token") == 2
+
+
+def claim(folder, changes):
+    return claim_folder(folder, dataclasses.replace(make_config(ParallelConfig()), **changes))
+
+
+def test_a_run_goes_on_when_only_how_it_is_carried_out_changes(tmp_path):
+    other = {"parallel": ParallelConfig(inner=2), "engine": "zero2", "rank_timeout": 7.0, "recompute": "all"}
+    for changes in ({}, other):
+        assert run_ranks(claim, 2, tmp_path / "run", changes) == [False, False]
+        saved = json.loads((tmp_path / "run" / "config.json").read_text())
+        assert saved["rank_timeout"] == changes.get("rank_timeout", 1800.0)
+    with pytest.raises(RankError, match=r"holds a run with another configuration: precision, seed in .*config\.json"):
+        run_ranks(claim, 2, tmp_path / "run", {"seed": 7, "precision": "bf16", "engine": "fsdp2"})
 
 
 @pytest.mark.parametrize("bound", [{"skip_norm": 1e-9, "max_skipped": 2}])

@@ -76,8 +76,14 @@ def test_freezing_nothing_or_everything_is_refused(model):
     choose_trained(model, ("projector",))
     with pytest.raises(ConfigError, match=r"'embed' matches no trained parameter; they are projector\."):
         freeze(model, ("embed",))
-    with pytest.raises(ConfigError, match="leaves no parameter to train"):
+    with pytest.raises(ConfigError, match="leaves no parameter of projector to train"):
         freeze(model, ("projector",))
+
+
+def test_freezing_a_whole_part_that_is_to_train_is_refused_by_its_name(model):
+    choose_trained(model, ("vision", "projector"))
+    with pytest.raises(ConfigError, match="leaves no parameter of vision to train; take it out of trains"):
+        freeze(model, (r"^vision\.",))
 
 
 def phase(schedule, steps=100, warmup=0.1, floor=0.0):
