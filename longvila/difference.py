@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 
+@torch.no_grad()
 def relative_error(found: Tensor | float, expected: Tensor | float, scale: Tensor | float | None = None) -> float:
     """max |found - expected| / max |expected|, of tensors of one shape or of numbers; 0 where they are equal.
 

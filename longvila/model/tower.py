@@ -48,8 +48,16 @@ class VisionTower(nn.Module):
         if height != width:
             raise ConfigError(f"tower {config['name']} takes {height}x{width} images; only square ones are supported")
         self.image_size: int = height
+        if len(self.blocks) < -FEATURE_BLOCK:
+            raise ConfigError(
+                f"tower {config['name']} has {len(self.blocks)} block; features are those of the last but one"
+            )
         _remove_what_follows_the_features(self.visual)
         self.grid: int = self.image_size // self.patch_projection.stride[0]
+        if self.grid < 1:
+            raise ConfigError(
+                f"tower {config['name']}: images of {height} pixels hold no patch of {self.patch_projection.stride[0]}"
+            )
         self.width: int = self.patch_projection.out_channels
 
     @property
@@ -107,6 +115,8 @@ def read_tower_config(tower: str) -> dict[str, Any]:
             data = json.loads(Path(tower).read_text())
         except (OSError, ValueError) as error:
             raise ConfigError(f"tower {tower}: not a readable JSON file: {error}") from None
+        if not isinstance(data, dict):
+            raise ConfigError(f"tower {tower}: holds a {type(data).__name__}, not an open_clip configuration")
         model_cfg = data.get("model_cfg", data)
         preprocess = data.get("preprocess_cfg", {})
     else:
@@ -130,10 +140,16 @@ def load_tower_weights(tower: str, weights: str) -> dict[str, Tensor]:
     """State dict of open_clip's `visual` module, from a pretrained tag of `tower` or from a file.
 
     The file holds a whole open_clip model (its `visual.` part is taken) or the visual module alone.
+
+    Raises:
+        ConfigError: for a file that cannot be read, a tag that does not exist or cannot be fetched.
     """
     path = Path(weights)
     if path.is_file():
-        state: dict[str, Tensor] = load_state_dict(str(path))  # pyright: ignore[reportAssignmentType]
+        try:
+            state: dict[str, Tensor] = load_state_dict(str(path))  # pyright: ignore[reportAssignmentType]
+        except Exception as error:  # each format that open_clip reads fails in its own way
+            raise ConfigError(f"tower {tower}: {path} cannot be read as weights: {error}") from error
         visual = {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
         return visual or state
     tags = open_clip.list_pretrained_tags_by_model(tower)
@@ -154,7 +170,10 @@ def build_visual(config: dict[str, Any]) -> VisionTransformer | TimmModel:
 
     open_clip builds it only as a part of a CLIP; the text tower beside it is as small as it can be, and dropped.
     """
-    vision_cfg = open_clip.CLIPVisionCfg(**{**config["model_cfg"]["vision_cfg"], "timm_model_pretrained": False})
+    try:
+        vision_cfg = open_clip.CLIPVisionCfg(**{**config["model_cfg"]["vision_cfg"], "timm_model_pretrained": False})
+    except TypeError as error:
+        raise ConfigError(f"tower {config['name']}: vision_cfg has what open_clip does not know: {error}") from None
     text_cfg = open_clip.CLIPTextCfg(context_length=1, vocab_size=1, width=1, heads=1, layers=1)
     clip = open_clip.CLIP(
         config["model_cfg"]["embed_dim"], vision_cfg, text_cfg, quick_gelu=config["model_cfg"].get("quick_gelu", False)

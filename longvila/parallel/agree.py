@@ -65,13 +65,14 @@ def agree(views: Sequence[RowView], error: Exception | None, fold: Fold) -> Agre
         (_FAILED if error else view.digest, len(view.failed), sum(view.targets), view.content, view.plan)
         for view in views
     ]
-    everyone = _by_row(gather(torch.tensor(mine, dtype=torch.int64)), fold)
+    of_ranks = gather(torch.tensor(mine, dtype=torch.int64))
     if error is not None:
         raise error
-    if broken := (everyone[..., 0] == _FAILED).any(-1).flatten().nonzero().flatten().tolist():
+    if broken := (of_ranks[..., 0] == _FAILED).any(-1).nonzero().flatten().tolist():
         raise DataError(
             f"rank {broken[0]} could not read its data and stopped (its own message says why); stopping too"
         )
+    everyone = _by_row(of_ranks, fold)
     different = everyone[..., 0] != everyone[:, :1, :, 0]
     whole = (everyone[..., 1] == 0).all(
         1, keepdim=True

@@ -8,6 +8,7 @@ differentiable all-to-all; nothing is gathered whole.
 from __future__ import annotations
 
 import logging
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,7 +52,7 @@ def shard_batch(
             `position_ids` (restarting in each document), shifted `labels`, loss weights.
         attention: heads and masks of the model (`apply.attention_of`), for the layout `auto`.
         agreed: the ranks of the sequence group have made sure already that they hold the same row; otherwise this is
-            collective over them, and checks it.
+            collective over them, and checks it, but for the values of floating-point tensors.
 
     Returns:
         `plan`, and each tensor as (1, t, ...), t tokens being this rank's.
@@ -72,13 +73,19 @@ def shard_batch(
     except LongvilaError as reason:
         error = reason
     if not agreed:
-        shapes = [(name, tensor.shape, str(tensor.dtype)) for name, tensor in sorted(tensors.items())]
-        check_same_row(plan.identity if plan else None, shapes, lengths, error, fold)
+        kinds = {name: (x.shape, str(x.dtype), _checksum(x)) for name, x in sorted(tensors.items())}
+        check_same_row(plan.identity if plan else None, kinds, lengths, error, fold)
     if plan is None or error is not None:
         raise error or AssertionError("no plan and no error")
     mine = torch.tensor(plan.positions(fold.part, fold.piece), dtype=torch.long)
     local = {name: tensor[mine.to(tensor.device)].unsqueeze(0) for name, tensor in tensors.items()}
     return {**local, "plan": FoldedPlan(plan, fold)}
+
+
+def _checksum(tensor: Tensor) -> int | None:
+    """Of tokens, positions and labels, so that ranks which read different rows of one length are found out. None of
+    embeddings, which are large, and follow from tokens that nobody has here."""
+    return None if tensor.is_floating_point() else zlib.crc32(tensor.cpu().contiguous().numpy().data)
 
 
 def _choose(lengths: tuple[int, ...], fold: Fold, attention: ModelAttention | None) -> tuple[LayoutName, RoutingName]:

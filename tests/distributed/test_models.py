@@ -202,6 +202,16 @@ def test_ranks_that_disagree_all_hear_of_it(lengths, words):
         assert word in str(caught.value)
 
 
+def read_other_tokens():
+    fold = make_fold(ParallelConfig(inner=2), "cpu")
+    shard_batch((8,), fold, input_ids=torch.full((8,), dist.get_rank()))
+
+
+def test_ranks_that_read_other_tokens_of_the_same_lengths_are_refused():
+    with pytest.raises(RankError, match="ranks of one sequence group hold different rows"):
+        run_ranks(read_other_tokens, 2)
+
+
 def test_unknown_policies_are_refused():
     from longvila.parallel.recompute import checkpoint_arguments
 

@@ -92,6 +92,29 @@ def test_a_tower_that_does_not_exist_is_refused_by_name():
         read_tower_config("nowhere.json")
 
 
+@pytest.mark.parametrize(
+    ("vision", "words"),
+    [
+        ({"layers": 1}, "has 1 block; features are those of the last but one"),
+        ({"patch_size": 64}, "images of 32 pixels hold no patch of 64"),
+        ({"depth": 4}, "open_clip does not know: .*'depth'"),
+    ],
+)
+def test_a_tower_that_cannot_be_built_is_refused_with_the_numbers(tmp_path, vision, words):
+    with pytest.raises(ConfigError, match=words):
+        VisionTower(read_tower_config(tower_file(tmp_path, **vision)))
+
+
+def test_damaged_files_are_refused_by_name(tmp_path):
+    (tmp_path / "list.json").write_text("[]")
+    with pytest.raises(ConfigError, match=r"list\.json: holds a list"):
+        read_tower_config(str(tmp_path / "list.json"))
+    for name in ("a.safetensors", "a.pt"):
+        (tmp_path / name).write_bytes(b"not weights")
+        with pytest.raises(ConfigError, match=f"{name} cannot be read as weights"):
+            load_tower_weights(tower_file(tmp_path), str(tmp_path / name))
+
+
 def test_a_weight_tag_that_does_not_exist_is_refused_with_those_that_do():
     with pytest.raises(ConfigError, match=r"'laion9b'.*laion2b"):
         load_tower_weights("ViT-B-32", "laion9b")
