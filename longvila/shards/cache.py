@@ -2,17 +2,20 @@
 
 A shard named by a URL (`s3://`, `gs://`, `https://`, whatever fsspec knows) is copied whole before it is first read,
 and its index before that. So is what a `pipe:` command writes, where pipes are allowed. Ranks of one machine share the
-copies. A copy is taken for what its source holds as long as it lies there.
+copies. A copy is taken for what its source holds as long as it lies there. Where copies must make room for others, none
+is removed that any process holds.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import logging
 import os
 import shutil
 import subprocess
 import time
+import weakref
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,7 +23,7 @@ from pathlib import Path
 import fsspec
 from filelock import FileLock
 
-from longvila.errors import ConfigError
+from longvila.errors import ConfigError, DataError
 
 PIPE = "pipe:"
 TRIES = 5
@@ -39,18 +42,26 @@ def is_remote(name: str) -> bool:
 
 
 class ShardCache:
-    """Local copies of remote files. A file is known by its place, where its copy lies or will lie."""
+    """Local copies of remote files. A file is known by its place, where its copy lies or will lie.
+
+    Who holds a copy shares a lock on a file beside it, which the one who would remove it must have alone: so it stays,
+    whichever process or other `ShardCache` makes room. A lock goes with its process, and with the cache that took it.
+    """
 
     def __init__(self, folder: Path | None = None, limit: float | None = None, allow_pipes: bool = False) -> None:
         """
         Args:
             folder: where copies lie; by default below `cache_folder()`.
-            limit: bytes of copies, past which those used longest ago are removed. What is in use is never removed.
+            limit: bytes of copies, past which those used longest ago are removed, of any run that shares the folder.
+                What is held is not removed, and may come to more.
             allow_pipes: commands may be run; they come from a configuration, never from a shard.
         """
         self._folder = folder or cache_folder() / "shards"
         self._limit, self._allow_pipes = limit, allow_pipes
         self._sources: dict[Path, str] = {}
+        self._held: dict[Path, int] = {}
+        """The open lock of each copy that is held."""
+        weakref.finalize(self, _close, self._held)
         self._ahead = ThreadPoolExecutor(2, thread_name_prefix="shards")
 
     def place(self, source: str) -> Path:
@@ -74,11 +85,33 @@ class ShardCache:
         if (source := self._sources.get(path)) and not source.startswith(PIPE):
             self._sources[other] = source.rpartition("/")[0] + "/" + other.name
 
-    def ensure(self, path: Path, keep: Iterable[Path] = ()) -> None:
+    def hold(self, paths: Iterable[Path]) -> None:
+        """Keeps the copies at these places, there or yet to come, until `release`. Nothing happens for local files.
+
+        Raises:
+            DataError: their folder cannot be written or has no locks, or too many files are open.
+        """
+        for path in paths:
+            if path in self._sources and path not in self._held:
+                try:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    self._held[path] = _lock(path, fcntl.LOCK_SH)
+                except OSError as error:
+                    raise DataError(
+                        f"{path}: cannot be locked against removal ({error}); data.cache must be a folder on a disk "
+                        "with file locks, and each shard in use takes one open file (`ulimit -n`)"
+                    ) from error
+
+    def release(self, paths: Iterable[Path]) -> None:
+        """Lets these copies be removed, as far as this cache is concerned."""
+        for path in paths:
+            if path in self._held:
+                os.close(self._held.pop(path))
+
+    def ensure(self, path: Path) -> None:
         """Copies the file whose place `path` is, unless its copy is there. Nothing happens for local files.
 
-        Args:
-            keep: places of copies in use, which are not removed to make room.
+        A shard is held before, or it may be gone again afterwards; other files are not removed.
 
         Raises:
             OSError: it cannot be had, after TRIES tries; FileNotFoundError at once.
@@ -93,13 +126,13 @@ class ShardCache:
                 return
             self._copy(source, path)
         if self._limit is not None:
-            self._make_room(self._limit, {path, *keep})
+            self._make_room(self._limit)
 
-    def begin(self, paths: Iterable[Path], keep: Iterable[Path]) -> None:
+    def begin(self, paths: Iterable[Path]) -> None:
         """Copies these in the background, see `ensure`; what fails is tried again when it is needed."""
         for path in paths:
             if path in self._sources and not path.exists():
-                self._ahead.submit(self.ensure, path, keep)
+                self._ahead.submit(self.ensure, path)
 
     def _copy(self, source: str, path: Path) -> None:
         partial = path.with_name(f"{path.name}.partial")
@@ -119,7 +152,7 @@ class ShardCache:
                 log.warning("%s: %s; trying again", source, error)
                 time.sleep(PATIENCE * 2**number)
 
-    def _make_room(self, limit: float, keep: set[Path]) -> None:
+    def _make_room(self, limit: float) -> None:
         copies = []
         for path in self._folder.glob("*/*.tar"):
             try:
@@ -127,13 +160,39 @@ class ShardCache:
             except FileNotFoundError:  # another rank made room
                 continue
             copies.append((status.st_mtime, status.st_size, path))
-        held = sum(size for _, size, _ in copies)
+        total = sum(size for _, size, _ in copies)
         for _, size, path in sorted(copies):
-            if held > limit and path not in keep:
-                path.unlink(missing_ok=True)
-                held -= size
-        if held > limit:
-            log.warning("shards in use take %.1f GiB, more than data.cache_gib allows", held / 2**30)
+            if total > limit and _remove(path):
+                total -= size
+        if total > limit:
+            log.warning("shards in use take %.1f GiB, more than data.cache_gib allows", total / 2**30)
+
+
+def _lock(path: Path, kind: int) -> int:
+    """An open file that locks the copy at `path` until it is closed. Raises OSError."""
+    lock = os.open(f"{path}.use", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(lock, kind)
+    except OSError:
+        os.close(lock)
+        raise
+    return lock
+
+
+def _close(held: dict[Path, int]) -> None:
+    for lock in held.values():
+        os.close(lock)
+
+
+def _remove(path: Path) -> bool:
+    """Removes a copy, unless someone holds it."""
+    try:
+        lock = _lock(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    path.unlink(missing_ok=True)
+    os.close(lock)
+    return True
 
 
 def _download(source: str, path: Path) -> None:

@@ -114,6 +114,8 @@ class RowLoader:
             if len(pending) > ahead:
                 row, after = pending.popleft()
                 yield row(), after
+                if self.windows:
+                    self.windows.close_before(after.epoch, after.window)
         for row, after in pending:
             yield row(), after
 

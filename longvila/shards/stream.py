@@ -134,13 +134,21 @@ class _Shards:
         for shard in self.shards:
             self.current, self.noted = shard, False
             try:
-                if self.cache:
-                    self.cache.ensure(shard)
-                with shard.open("rb") as stream:
+                with self._open(shard) as stream:
                     self._check_end(stream)
                     yield {"url": str(shard), "stream": stream}
             except OSError as error:
                 self.note_error(error)
+
+    def _open(self, shard: Path) -> BinaryIO:
+        if self.cache is None:
+            return shard.open("rb")
+        self.cache.hold([shard])
+        try:
+            self.cache.ensure(shard)
+            return shard.open("rb")  # once it is open it can be read, even if its copy is removed
+        finally:
+            self.cache.release([shard])
 
     def _check_end(self, stream: BinaryIO) -> None:
         """A whole tar ends in two blocks of zeros. `tarfile` stops in silence at a cut between two members, and at a

@@ -12,13 +12,12 @@ import hashlib
 import logging
 import random
 from bisect import bisect_left, insort
-from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
-from longvila.config import DataConfig
+from longvila.config import DataConfig, FrameSampling
 from longvila.errors import DataError
 from longvila.shards.cache import ShardCache
 from longvila.shards.document import IGNORE, Clip, Document, Encode, make_documents
@@ -51,8 +50,10 @@ class Window:
     rows: tuple[PlannedRow, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Shard:
+    """A shard that is open."""
+
     path: Path
     index: ShardIndex
     lengths: tuple[SampleLengths, ...]
@@ -82,7 +83,6 @@ class Windows:
                 together they measure each shard once where they share `cache_folder()`.
         """
         self._data, self._paths, self._encode, self._seed, self._cache = data, shards, encode, seed, cache
-        self._size = size
         self._sizes = [[head.samples for head in each] for each in heads]
         self._amounts = [
             amount_of(sum(sizes), source.repeat, source.limit)
@@ -93,63 +93,34 @@ class Windows:
         self._lengths = Lengths(encode, data.frames, size, data.row_tokens)
         self._turn = turn
         self._shards: dict[tuple[int, int], _Shard] = {}
-        # Rows are dealt across windows, and some are decoded ahead: the shards of the windows before are still in use.
-        self._recent: deque[set[tuple[int, int]]] = deque(maxlen=1 + max(1, data.prefetch))
+        self._in_use: dict[tuple[int, int], set[tuple[int, int]]] = {}
+        """The shards of each window (epoch, number) of which rows may still be read or decoded."""
+        self._held: set[Path] = set()
         self._weights = self._sample_weights()
-        self._order = lru_cache(1)(self._make_order)
-        self.plan = lru_cache(2)(self._plan)
+        # No methods in these caches: in a circle with them, `cache` would hold its copies until the next collection.
+        self._order = lru_cache(1)(
+            partial(EpochOrder, self._sizes, self._amounts, self._weights, self._data.window, self._seed)
+        )
+        self._read = partial(_read_documents, encode, data.frames, size, data.row_tokens)
         self._texts = lru_cache(16)(self._read)  # the pieces of one text come in many rows
 
     def num_windows(self, epoch: int) -> int:
         return self._order(epoch).num_windows
 
     def key(self, place: Place) -> str:
-        """Of a sample of the windows planned last."""
+        """Of a sample of the window planned last."""
         shard = self._shards[place.source, place.shard]
         return shard.index.entries[place.entry].key
 
-    def document(self, piece: Piece) -> Document:
-        """Reads and encodes a planned document, its media left in the shard.
-
-        One that is damaged, or is not as it was when its length was taken, comes with a `fault`, no target, and the
-        length and frames that were planned.
+    def plan(self, epoch: int, number: int) -> Window:
+        """The rows of a window, of which documents can be read until it is closed.
 
         Raises:
-            DataError: its shard cannot be read, which is no fault of the sample.
+            DataError: a shard or its index cannot be read.
         """
-        entry = self._shards[piece.place.source, piece.place.shard].index.entries[piece.place.entry]
-        try:
-            document = (self._texts if entry.media_type == "text" else self._read)(piece.place)[piece.piece]
-            found = len(document.ids), document.num_frames
-            if found == (piece.tokens, piece.frames):
-                return document
-            fault = (
-                f"has {found[0]} tokens and {found[1]} frames, {piece.tokens} and {piece.frames} when it was measured"
-            )
-        except OSError as error:
-            raise DataError(
-                f"{self._paths[piece.place.source][piece.place.shard]}: cannot be read ({error})"
-            ) from error
-        except (DataError, IndexError) as error:
-            fault = str(error)
-        ids = placeholder_ids(piece.tokens, piece.frames * self._encode.tokens_per_frame, self._encode.frame_token)
-        frames = (Clip("video", None, (0.0,) * piece.frames),) if piece.frames else ()
-        return Document(entry.key, ids, [IGNORE] * piece.tokens, frames, f"{entry.key}: {fault}")
-
-    def _read(self, place: Place) -> list[Document]:
-        shard = self._shards[place.source, place.shard]
-        sample = read_sample(shard.path, shard.index.entries[place.entry])
-        return make_documents(sample, self._encode, self._data.frames, self._size, self._data.row_tokens)[0]
-
-    def _make_order(self, epoch: int) -> EpochOrder:
-        return EpochOrder(self._sizes, self._amounts, self._weights, self._data.window, self._seed, epoch)
-
-    def _plan(self, epoch: int, number: int) -> Window:
         places = self._order(epoch).window(number)
-        self._open({(place.source, place.shard) for place in places})
-        if number + 1 < self.num_windows(epoch):
-            following = {(place.source, place.shard) for place in self._order(epoch).window(number + 1)}
-            self._cache.begin(self._places(following), keep=self._places(self._shards.keys() | following))
+        following = self._order(epoch).window(number + 1) if number + 1 < self.num_windows(epoch) else []
+        self._open((epoch, number), _shards_of(places), _shards_of(following))
         samples = tuple((place, self._shards[place.source, place.shard].lengths[place.entry]) for place in places)
         pieces = [
             Piece(place, piece, tokens, frames)
@@ -162,31 +133,79 @@ class Windows:
         random.Random(f"rows {self._seed} {epoch} {number}").shuffle(rows)
         return Window(samples, tuple(rows))
 
-    def _open(self, wanted: set[tuple[int, int]]) -> None:
-        """Holds the index and the lengths of these shards, and still those of the windows before."""
-        self._recent.append(wanted)
-        kept = set().union(*self._recent)
+    def close_before(self, epoch: int, number: int) -> None:
+        """Closes the windows before this one, none of whose rows is being read or decoded any more."""
+        self._in_use = {window: shards for window, shards in self._in_use.items() if window >= (epoch, number)}
+
+    def document(self, piece: Piece) -> Document:
+        """Reads and encodes a planned document of a window in use, its media left in the shard.
+
+        One that is damaged, or is not as it was when its length was taken, comes with a `fault`, no target, and the
+        length and frames that were planned.
+
+        Raises:
+            DataError: its shard cannot be read, which is no fault of the sample.
+        """
+        shard = self._shards[piece.place.source, piece.place.shard]
+        entry = shard.index.entries[piece.place.entry]
+        try:
+            read = self._texts if entry.media_type == "text" else self._read
+            document = read(shard, piece.place.entry)[piece.piece]
+            found = len(document.ids), document.num_frames
+            if found == (piece.tokens, piece.frames):
+                return document
+            fault = (
+                f"has {found[0]} tokens and {found[1]} frames, {piece.tokens} and {piece.frames} when it was measured"
+            )
+        except OSError as error:
+            raise DataError(f"{shard.path}: cannot be read ({error})") from error
+        except (DataError, IndexError) as error:
+            fault = str(error)
+        ids = placeholder_ids(piece.tokens, piece.frames * self._encode.tokens_per_frame, self._encode.frame_token)
+        frames = (Clip("video", None, (0.0,) * piece.frames),) if piece.frames else ()
+        return Document(entry.key, ids, [IGNORE] * piece.tokens, frames, f"{entry.key}: {fault}")
+
+    def _open(self, window: tuple[int, int], wanted: set[tuple[int, int]], ahead: set[tuple[int, int]]) -> None:
+        """Opens the shards of a window and lets go of those of none in use; begins to copy those of the next one."""
+        self._in_use[window] = wanted
+        kept = set().union(*self._in_use.values())
         self._shards = {place: shard for place, shard in self._shards.items() if place in kept}
-        missing = sorted(wanted - self._shards.keys())
-        first = self._turn % max(1, len(missing))
-        for source, shard in missing[first:] + missing[:first]:
-            path = self._paths[source][shard]
-            index = read_index(path)
-            if index is None:
-                raise DataError(f"{index_path(path)} was there when the run began, and is gone")
-            try:
-                self._cache.ensure(path, keep=self._places(kept))
-                if (size := path.stat().st_size) != index.bytes:
-                    log.warning(
-                        "%s has %d bytes, %d when it was indexed: what is amiss will count as bad samples; see "
-                        "`longvila data check`",
-                        path,
-                        size,
-                        index.bytes,
-                    )
-                self._shards[source, shard] = _Shard(path, index, self._lengths.of(path, index))
-            except OSError as error:
-                raise DataError(f"{path}: its samples cannot be read ({error})") from error
+        self._hold(kept | ahead)
+        for source, shard in self._in_turn(wanted - self._shards.keys()):
+            self._shards[source, shard] = self._read_shard(source, shard)
+        self._cache.begin(self._places(ahead))
+
+    def _hold(self, shards: Iterable[tuple[int, int]]) -> None:
+        """Keeps the local copies of these shards, and of no others, from being removed."""
+        wanted = set(self._places(shards))
+        self._cache.release(self._held - wanted)
+        self._cache.hold(wanted)
+        self._held = wanted
+
+    def _in_turn(self, shards: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+        ordered = sorted(shards)
+        first = self._turn % max(1, len(ordered))
+        return ordered[first:] + ordered[:first]
+
+    def _read_shard(self, source: int, shard: int) -> _Shard:
+        """The index and the lengths of a shard, copied where it is remote."""
+        path = self._paths[source][shard]
+        index = read_index(path)
+        if index is None:
+            raise DataError(f"{index_path(path)} was there when the run began, and is gone")
+        try:
+            self._cache.ensure(path)
+            if (size := path.stat().st_size) != index.bytes:
+                log.warning(
+                    "%s has %d bytes, %d when it was indexed: what is amiss will count as bad samples; see "
+                    "`longvila data check`",
+                    path,
+                    size,
+                    index.bytes,
+                )
+            return _Shard(path, index, self._lengths.of(path, index))
+        except OSError as error:
+            raise DataError(f"{path}: its samples cannot be read ({error})") from error
 
     def _places(self, shards: Iterable[tuple[int, int]]) -> list[Path]:
         return [self._paths[source][shard] for source, shard in sorted(shards)]
@@ -198,11 +217,24 @@ class Windows:
             return weights
         tokens = []
         for source, paths in enumerate(self._paths):
-            self._open({(source, shard) for shard in range(len(paths))})
-            lengths = [each for shard in range(len(paths)) for each in self._shards[source, shard].lengths]
+            lengths: list[SampleLengths] = []
+            for place in self._in_turn((source, shard) for shard in range(len(paths))):
+                self._hold([place])
+                lengths += self._read_shard(*place).lengths
             total = sum(tokens for each in lengths for tokens, _ in each.pieces)
             tokens.append(total / max(1, len(lengths)))
         return [weight / max(1.0, mean) for weight, mean in zip(weights, tokens, strict=True)]
+
+
+def _read_documents(
+    encode: Encode, frames: FrameSampling, size: int, row_tokens: int, shard: _Shard, entry: int
+) -> list[Document]:
+    sample = read_sample(shard.path, shard.index.entries[entry])
+    return make_documents(sample, encode, frames, size, row_tokens)[0]
+
+
+def _shards_of(places: Iterable[Place]) -> set[tuple[int, int]]:
+    return {(place.source, place.shard) for place in places}
 
 
 def amount_of(samples: int, repeat: float, limit: int | None) -> int:

@@ -46,7 +46,7 @@ def test_resuming_is_counted_as_exact_only_where_it_is(tmp_path, monkeypatch):
     assert sum(row["exact"] for row in rows) == sum(row["interrupted"] for row in rows) == 4
     assert max(row["state_kb"] for row in rows) < 1
 
-    real = Windows._plan
+    real = Windows.plan
 
     def unseeded(self, epoch, number):
         window = real(self, epoch, number)
@@ -54,7 +54,7 @@ def test_resuming_is_counted_as_exact_only_where_it_is(tmp_path, monkeypatch):
         random.shuffle(rows)
         return type(window)(window.samples, tuple(rows))
 
-    monkeypatch.setattr(Windows, "_plan", unseeded)
+    monkeypatch.setattr(Windows, "plan", unseeded)
     (tmp_path / "again").mkdir()
     assert sum(row["exact"] for row in data.measure_resumes(tmp_path / "again", 2)) == 0
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import multiprocessing
+
 import fsspec
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
 from longvila.config import SourceConfig
 from longvila.errors import ConfigError, DataError
+from longvila.media import Decoder
 from longvila.shards import cache
 from longvila.shards.cache import ShardCache
 from longvila.shards.order import Cursor
 
-from .shards_parts import all_kinds, keys, make_loader, packed, rows_of, without_indexes
+from .shards_parts import all_kinds, keys, make_loader, packed, rows_of, video, without_indexes
 
 
 class Bucket(LocalFileSystem):
@@ -120,22 +123,94 @@ def test_copies_make_room_for_others_but_not_those_in_use(bucket, caplog):
         assert not any(row.failed for row in rows)
         loader.cache._ahead.shutdown()
         held = sum(sizes[path.name] for path in (bucket / "cache").rglob("*.tar"))
-        # Of eight: windows of one shard each, three of them in use and one ahead, which may straddle two.
+        # Of eight: windows of one shard each, up to four of them in use and one ahead.
         assert 0 < held <= max(limit, 5 * largest) < whole
     assert "shards in use take" in caplog.text
 
 
-def test_copying_ahead_removes_nothing_that_is_in_use(bucket):
+def test_copying_ahead_removes_nothing_that_is_held(bucket):
     copies = ShardCache(limit=1)
     first, second, third = (copies.place(f"bucket://talks/shard-00000{number}.tar") for number in range(3))
+    copies.hold([first, second])
     copies.ensure(first)
-    copies.begin([second], keep=[first])
+    copies.begin([second])
     copies._ahead.shutdown()
     assert first.exists()
     assert second.exists()
-    copies.ensure(third, keep=[second])
+    copies.release([first])
+    copies.hold([third])
+    copies.ensure(third)
     assert not first.exists()
     assert second.exists()
+
+
+def test_a_validation_removes_no_copy_that_the_training_reads(bucket):
+    packed(bucket / "remote" / "others", all_kinds(6, 0, 0), max_samples=3)
+    others = SourceConfig("bucket://others/shard-{000000..000001}.tar")
+    loader = make_loader(bucket, SourceConfig(URL), cache_gib=2**-30, window=24)
+    rows = loader.rows(Cursor())
+    read = [next(rows)[0] for _ in range(2)]
+    assert len(list((bucket / "cache").rglob("shard-*.tar"))) == 8
+    assert len(rows_of(make_loader(bucket, others, cache_gib=2**-30, window=24))) > 0
+    read += [row for row, _ in rows]
+    assert sorted(keys(read)) == sorted(sample.key for sample in all_kinds())
+    assert not any(row.failed for row in read)
+    del loader, rows  # and with them what they hold
+    copies = ShardCache(limit=1)
+    copies.ensure(copies.place("bucket://others/index.json"))
+    assert not list((bucket / "cache").rglob("shard-*.tar"))
+
+
+def hold_until(stop, place, held):
+    """A process that reads a shard."""
+    copies = ShardCache()
+    copies.place("bucket://talks/shard-000000.tar")
+    copies.hold([place])
+    copies.ensure(place)
+    held.set()
+    stop.wait(60)
+
+
+def test_no_process_removes_a_copy_that_another_reads(bucket):
+    context = multiprocessing.get_context("fork")
+    held, stop = context.Event(), context.Event()
+    copies = ShardCache(limit=1)
+    first, second, third = (copies.place(f"bucket://talks/shard-00000{number}.tar") for number in range(3))
+    other = context.Process(target=hold_until, args=(stop, first, held))
+    other.start()
+    try:
+        assert held.wait(60)
+        copies.hold([second])
+        copies.ensure(second)
+        assert first.exists()
+    finally:
+        stop.set()
+        other.join(60)
+    copies.ensure(third)  # a lock goes with its process
+    assert not first.exists()
+    assert second.exists()
+
+
+def test_rows_that_wait_for_their_frames_hold_their_shards(bucket):
+    """Rounds of four ranks span four windows of one shard each, and two rounds wait behind the one in use."""
+    packed(bucket / "remote" / "films", (video(f"v{index}", 3, 16 * index) for index in range(16)), max_samples=1)
+    source = SourceConfig("bucket://films/shard-{000000..000015}.tar")
+    options = {"window": 1, "prefetch": 2, "workers": 1, "num_data_ranks": 4, "row_tokens": 40}
+    loader = make_loader(bucket, source, cache_gib=2**-30, **options)
+    loader._decoder = Decoder()  # which decodes when a row is waited for, as late as can be
+    rows = rows_of(loader)
+    assert len(rows) == 4
+    assert not any(row.failed for row in rows)
+
+
+def test_a_folder_without_locks_is_refused_with_the_way_out(bucket, monkeypatch):
+    def no_locks(file, kind):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(cache.fcntl, "flock", no_locks)
+    copies = ShardCache()
+    with pytest.raises(DataError, match=r"shard-0\.tar: cannot be locked .* data\.cache must be a folder"):
+        copies.hold([copies.place("bucket://talks/shard-0.tar")])
 
 
 def test_two_ranks_that_want_a_shard_at_once_copy_it_once(bucket):
