@@ -176,6 +176,12 @@ class RowLoader:
         """`start` with the digests of the sources, which must be those it has."""
         digests = self.windows.digests if self.windows else ()
         names = [source.shards for source in self.data.sources]
+        if digests and not start.sources and (start.window, start.row) != (0, 0):
+            raise ConfigError(
+                f"the run to be continued read its shards in sequence, {start.row} rows of epoch {start.epoch} on each "
+                f"data rank; now that all have an index, they come in another order: {', '.join(names)}; move the "
+                "indexes (*.index.jsonl) away until the run has ended, or start the stage again"
+            )
         if start.sources and start.sources != digests:
             changed = [name for name, was, is_ in zip(names, start.sources, digests, strict=False) if was != is_]
             raise ConfigError(

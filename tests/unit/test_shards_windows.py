@@ -18,7 +18,18 @@ from longvila.shards.index import write_index
 from longvila.shards.order import Cursor
 from longvila.shards.windows import best_fit
 
-from .shards_parts import FRAME, WordEncoder, all_kinds, keys, make_loader, packed, rewrite, rows_of, video
+from .shards_parts import (
+    FRAME,
+    WordEncoder,
+    all_kinds,
+    keys,
+    make_loader,
+    packed,
+    rewrite,
+    rows_of,
+    video,
+    without_indexes,
+)
 
 
 @pytest.fixture
@@ -106,6 +117,21 @@ def test_a_run_over_other_shards_is_refused_by_the_name_of_the_source(folder):
     (folder / "more" / "shard-000000.index.jsonl").unlink()
     with pytest.raises(ConfigError, match="read other shards"):
         next(make_loader(folder, *sources).rows(cursor))
+
+
+def test_a_run_that_began_without_indexes_is_not_continued_with_them(folder):
+    """The place it reached means other rows in the order that indexes give."""
+    without_indexes(folder / "data")
+    loader = make_loader(folder)
+    _, cursor = [dealt for dealt in loader.rows(Cursor())][4]
+    streamed = rows_of(loader, cursor)
+    for shard in (folder / "data").glob("*.tar"):
+        write_index(shard)
+    with pytest.raises(ConfigError, match=r"in sequence, 5 rows of epoch 0 .*: data; move the indexes .* away"):
+        next(make_loader(folder).rows(cursor))
+    assert len(rows_of(make_loader(folder), Cursor(epoch=1))) > 0  # between epochs nothing is lost
+    without_indexes(folder / "data")
+    assert keys(rows_of(make_loader(folder), cursor)) == keys(streamed)
 
 
 def test_lengths_are_measured_once_and_kept(folder, monkeypatch, tmp_path):
