@@ -24,7 +24,8 @@ class Cursor:
     epoch: int = 0
     window: int = 0
     row: int = 0
-    """Rows of the window that have been dealt. (Rows that each data rank has read of the epoch, without an index.)"""
+    """Rows of the window that have been dealt. (Without an index: rows of the epoch that each data rank has read, or
+    would have if its data had not ended.)"""
     sources: tuple[str, ...] = ()
     """A digest of the shards of each source; none without an index, and at the start."""
 

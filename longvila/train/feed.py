@@ -56,9 +56,9 @@ class RowFeed:
         Raises:
             DataError: on every rank, when any rank cannot go on, or when a whole epoch held no usable row.
         """
+        started = (self.cursor.window, self.cursor.row) != (0, 0)
         rows, agreement = self._read()
         if agreement.ended:
-            started = (self.cursor.window, self.cursor.row) != (0, 0)
             if started:
                 self.cursor = replace(self.cursor, epoch=self.cursor.epoch + 1, window=0, row=0)
                 self._iterator = iter(self._loader.rows(self.cursor))
@@ -87,13 +87,21 @@ class RowFeed:
             while self._dropped:
                 self._loader.bad.record(*self._dropped.popitem())
             for index in range(self._rows_per_step):
-                rows[index], self.cursor = next(self._iterator, (None, self.cursor))
+                rows[index], self.cursor = next(self._iterator, (None, self._past_the_end()))
         except OSError as caught:
             error = DataError(f"the data cannot be read: {caught}")
             error.__cause__ = caught
         except Exception as caught:  # told to every rank by `agree`, which raises it again here
             error = caught
         return rows, agree([_view(row) for row in rows], error, self._fold)
+
+    def _past_the_end(self) -> Cursor:
+        """Where all ranks stand after one more row, of which this one has none.
+
+        Without indexes its data may end before others' does. Its rows are counted on, so that every rank has the same
+        cursor: a checkpoint keeps that of one.
+        """
+        return self.cursor if self.cursor.sources else replace(self.cursor, row=self.cursor.row + 1)
 
     def _without(self, row: Row, gone: tuple[int, ...]) -> Row:
         """The row with placeholders for the documents `gone`. Documents do not see each other, so that drops them.

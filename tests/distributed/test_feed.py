@@ -5,6 +5,7 @@ from itertools import islice
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from longvila.bench.engines import DOCUMENTS, make_rows
 from longvila.config import ParallelConfig
@@ -39,6 +40,28 @@ def test_data_ranks_end_an_epoch_together_and_nothing_is_left_unread():
     counts = [sum(document.answer for document in documents) for documents in DOCUMENTS]
     expected = [counts[0] + counts[3], counts[1], counts[2], counts[0] + counts[3]]
     assert [targets for *_, targets in first] == [targets for *_, targets in second] == expected
+
+
+def read_and_go_on(counts):
+    """Data ranks of so many rows each; the cursors of four steps, and what is read again from rank 0's after two."""
+    fold = make_fold(ParallelConfig(), "cpu")
+    loader = RowList(make_rows(fold, range(sum(counts[: fold.data_rank]), sum(counts[: fold.data_rank + 1]))))
+    feed = RowFeed(loader, fold, rows_per_step=1)
+    seen = [(feed.next_step().rows[0].keys[0], feed.cursor) for _ in range(4)]
+    kept = [seen[1][1]]
+    dist.broadcast_object_list(kept, src=0)
+    feed = RowFeed(loader, fold, rows_per_step=1, start=kept[0])
+    return seen, [(feed.next_step().rows[0].keys[0], feed.cursor) for _ in range(2)]
+
+
+@pytest.mark.parametrize("counts", [(1, 3), (3, 1), (0, 3), (1, 0)])
+def test_any_ranks_cursor_is_that_of_all_however_uneven_their_data(counts):
+    answers = run_ranks(read_and_go_on, 2, counts)
+    for (seen, again), count, first in zip(answers, counts, (0, counts[0]), strict=True):
+        rows = [f"row{first + row}-0" if row < count else "" for row in range(max(counts))]
+        assert [key for key, _ in seen] == (rows * 4)[:4]  # epoch after epoch
+        assert again == seen[2:]
+    assert [cursor for _, cursor in answers[0][0]] == [cursor for _, cursor in answers[1][0]]
 
 
 def read_with_a_failure(failing_rank):
