@@ -21,10 +21,11 @@ from pathlib import Path
 
 from longvila.errors import DataError
 from longvila.shards.sample import IMAGE_EXTENSIONS, BadRecord, SourceSample, split_name
+from longvila.shards.tar import find_end_fault
 
 
 def samples(folder: Path, min_similarity: float = 0.0) -> Iterator[SourceSample | BadRecord]:
-    """One sample for each image with a text; one bad record for each without, and for each tar that is cut.
+    """One sample for each image with a text; one bad record for each without, and for each tar that is damaged or cut.
 
     Args:
         folder: where img2dataset wrote its tars.
@@ -45,6 +46,8 @@ def samples(folder: Path, min_similarity: float = 0.0) -> Iterator[SourceSample 
                 ):
                     parts = {split_name(member.name)[1] or "": _read(tar, member) for member in members}
                     yield _to_sample(f"{path.stem}-{key}", parts, min_similarity)
+                if fault := find_end_fault(tar):
+                    yield BadRecord(path.name, f"the tar {fault}, and what lies behind it is lost; download it again")
         except (OSError, tarfile.TarError, EOFError) as error:
             yield BadRecord(path.name, f"the tar cannot be read on ({error}); download it again")
 

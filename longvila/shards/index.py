@@ -24,6 +24,7 @@ from pathlib import Path
 from longvila.errors import DataError
 from longvila.media import FileRange, VideoInfo
 from longvila.shards.sample import MediaType, Sample, from_members, infos_from_json, infos_to_json, split_name
+from longvila.shards.tar import find_end_fault
 
 VERSION = 1
 
@@ -67,12 +68,17 @@ def make_index(shard: Path) -> ShardIndex:
     """Reads a whole tar.
 
     Raises:
-        DataError: it cannot be read, or holds a sample without a JSON as `longvila pack` writes it.
+        DataError: it cannot be read to its end, or holds a sample without a JSON as `longvila pack` writes it.
     """
     try:
         with shard.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        with tarfile.open(shard) as tar:
+        with tarfile.open(shard, "r:") as tar:
+            if fault := find_end_fault(tar):
+                raise DataError(
+                    f"{shard}: {fault}: an index would leave out what lies behind; pack or download the shard again, "
+                    "or move it away"
+                )
             members = list(_members(tar, shard))
             entries = [
                 _entry(key, {extension: member for _, extension, member in group}, tar, shard)

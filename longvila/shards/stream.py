@@ -20,12 +20,12 @@ from longvila.errors import ConfigError, DataError
 from longvila.shards.bad import BadSamples
 from longvila.shards.cache import ShardCache, is_remote
 from longvila.shards.sample import Sample, from_members, split_name
+from longvila.shards.tar import find_end_fault
 
 MAX_BUFFER = 256
 """Samples held by one shuffle buffer."""
 MAX_BUFFER_BYTES = 1 << 30
 """Encoded media held by one shuffle buffer; reached before its sample count when videos are long."""
-TAR_END = 1024
 
 
 def list_shards(shards: str, root: Path, cache: ShardCache | None = None) -> tuple[Path, ...]:
@@ -151,20 +151,13 @@ class _Shards:
             self.cache.release([shard])
 
     def _check_end(self, stream: BinaryIO) -> None:
-        """A whole tar ends in two blocks of zeros. `tarfile` stops in silence at a cut between two members, and at a
-        header that is damaged."""
+        """Notes what webdataset would pass over."""
         try:
             with tarfile.open(fileobj=stream, mode="r:") as tar:
-                for _ in tar:
-                    pass
-                end = tar.offset
-        except tarfile.TarError:
-            end = stream.seek(0, 2)
-        stream.seek(end)
-        found = stream.read(TAR_END)
-        if found != bytes(TAR_END):
-            fault = "is cut short" if len(found) < TAR_END else "has a damaged header"
-            self.note_error(DataError(f"the shard {fault} at byte {end}; the samples before it are used"))
+                if fault := find_end_fault(tar):
+                    self.note_error(DataError(f"the shard {fault}; the samples before it are used"))
+        except tarfile.TarError as error:
+            self.note_error(DataError(f"the shard is not a tar ({error})"))
         stream.seek(0)
 
     def note_error(self, error: Exception) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import tarfile
 
@@ -83,7 +84,7 @@ def test_a_changed_byte_is_told_even_where_nothing_is_decoded(folder):
 def test_a_shard_that_is_cut_is_told_by_its_size_and_by_its_end(folder):
     shard = folder / "shard-000001.tar"
     with shard.open("r+b") as stream:
-        stream.truncate(shard.stat().st_size - 10240)
+        stream.truncate(shard.stat().st_size // 2)
     told = faults(folder, decode=False)
     assert {where.split(":")[0] for where, _ in told} == {shard.name}
     assert any("when it was packed" in what for _, what in told)
@@ -179,6 +180,38 @@ def test_a_member_without_an_extension_cannot_be_indexed(folder, tmp_path):
         tar.add(tmp_path / "README", "README")
     with pytest.raises(DataError, match="'README' has no extension"):
         make_index(folder / "other.tar")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda tar, third: tar[:third] + b"\xff" * 512 + tar[third + 512 :], "has a damaged header at byte {third}"),
+        (lambda tar, third: tar[:third], "is cut short at byte {size}"),  # between two members
+        (lambda tar, third: tar[: third + 700], "is cut short at byte {size}"),  # within one
+        (lambda tar, third: tar + tar, "goes on behind its end, at byte {whole}"),
+    ],
+    ids=["header", "between", "within", "appended"],
+)
+def test_a_tar_of_which_an_index_would_leave_out_a_part_is_refused_by_name_and_byte(folder, spoil, told):
+    shard = folder / "shard-000000.tar"
+    with tarfile.open(shard) as tar:
+        third = tar.getmembers()[4].offset  # of the third sample
+    whole = shard.read_bytes()
+    shard.write_bytes(spoil(whole, third))
+    told = told.format(third=third, size=shard.stat().st_size, whole=len(whole))
+    index_path(shard).unlink()
+    with pytest.raises(DataError, match=rf"shard-000000\.tar: {told}: an index would leave out what lies behind"):
+        write_index(shard)
+    assert not index_path(shard).exists()
+    assert f"the shard {told}; the samples before it are used" in dict(faults(folder, decode=False)).values()
+
+
+def test_a_compressed_tar_cannot_be_indexed(folder):
+    """Places in what it holds are no places in the file."""
+    shard = folder / "shard-000000.tar"
+    shard.write_bytes(gzip.compress(shard.read_bytes()))
+    with pytest.raises(DataError, match=r"shard-000000\.tar: cannot be indexed \(ReadError"):
+        make_index(shard)
 
 
 def test_the_command_index_writes_what_is_missing_and_no_more(folder):

@@ -98,6 +98,23 @@ def test_a_tar_that_is_cut_is_told_and_the_rest_is_read(folder):
     assert found[-1].key == "00001-000010000"
 
 
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda tar, second: tar[:second] + b"\xff" * 512 + tar[second + 512 :], "has a damaged header at byte"),
+        (lambda tar, second: tar[:second], "is cut short at byte"),
+    ],
+)
+def test_a_tar_that_ends_early_without_an_error_is_told(folder, spoil, told):
+    path = folder / "00000.tar"
+    with tarfile.open(path) as tar:
+        second = tar.getmembers()[3].offset  # of the second image
+    path.write_bytes(spoil(path.read_bytes(), second))
+    first, bad, third = samples(folder)
+    assert (first.key, third.key) == ("00000-000000000", "00001-000010000")
+    assert bad == BadRecord("00000.tar", f"the tar {told} {second}, and what lies behind it is lost; download it again")
+
+
 def test_a_folder_without_tars_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"holds no \.tar; download with img2dataset"):
         samples(tmp_path)
