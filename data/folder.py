@@ -41,11 +41,11 @@ def samples(folder: Path, conversations: str = "conversations.jsonl") -> Iterato
             '{"video": "a.mp4", "messages": [{"role": "user", "content": "What happens?"}, '
             '{"role": "assistant", "content": "A cat jumps."}]}'
         )
-    named = set()
+    named: set[Path | bytes] = set()
     for number, record in enumerate(read_records(folder / conversations), start=1):
         sample = to_sample(record, number, folder)
-        if isinstance(sample, SourceSample) and isinstance(sample.media, Path):
-            named.add(sample.media)
+        if isinstance(sample, SourceSample):
+            named.update(sample.files)
         yield sample
-    for path in sorted(videos - named):
+    for path in sorted(videos.difference(named)):
         yield BadRecord(str(path.relative_to(folder)), f"no line of {conversations} uses it")

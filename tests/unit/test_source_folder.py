@@ -77,6 +77,11 @@ def test_a_video_that_no_line_names_is_told(folder):
     assert last == BadRecord("deep/b.mp4", "no line of conversations.jsonl uses it")
 
 
+def test_every_video_of_a_line_that_names_several_is_used(folder):
+    found = samples(folder, [{"video": ["a.mp4", "deep/b.mp4"], "messages": TURNS}])
+    assert [sample.files for sample in found] == [(folder / "a.mp4", folder / "deep/b.mp4")]
+
+
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
