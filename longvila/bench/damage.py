@@ -1,8 +1,9 @@
 """Damaged inputs: what a seed does to real files, and what the pack and the loader then do.
 
-Cases run in a process beside, so that a crash or a hang is seen as what it is. A case is survived when the good samples
-beside the damaged one are read, the damaged one is read or counted with a reason, and no file lies anywhere but in the
-output folder.
+Cases run in a process beside, so that a crash or a hang is seen as what it is. A case is survived when no file lies
+anywhere but in the output folder, and, where not all samples were read, something was listed as bad or the shards were
+refused in one line. Where a film was damaged, the good films beside it must be read; damage to a tar may take them too,
+and what is listed is not compared with what was lost.
 """
 
 from __future__ import annotations
