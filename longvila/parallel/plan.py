@@ -96,12 +96,13 @@ class Program:
     def last_uses(self) -> dict[tuple[Cargo, int], int]:
         """Keys and queries of other ranks, by cargo and owner: the last step at which they are read or passed on."""
         last: dict[tuple[Cargo, int], int] = {}
-        uses = [((step.cargo, step.owner), step.index) for step in self.steps]
-        uses += [((t.cargo, t.owner), t.posted) for t in self.fetches if t.source == self.rank]
-        for key, index in uses:
-            if key[1] != self.rank:
-                last[key] = max(index, last.get(key, index))
-        return last
+        for step in self.steps:
+            last[step.cargo, step.owner] = max(step.index, last.get((step.cargo, step.owner), 0))
+        for transfer in self.fetches:
+            if transfer.source == self.rank:
+                key = (transfer.cargo, transfer.owner)
+                last[key] = max(transfer.posted, last.get(key, 0))
+        return {key: index for key, index in last.items() if key[1] != self.rank}
 
     def steps_at(self, index: int) -> list[Step]:
         """The step at `index`, if there is one."""

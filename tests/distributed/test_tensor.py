@@ -155,7 +155,12 @@ SHAPE = test_models.SHAPE
         (3, transformers.LlamaConfig(**{**SHAPE, "num_key_value_heads": 1}), ShardingConfig(), "32 outputs of .*=3"),
         (8, transformers.LlamaConfig(**SHAPE), ShardingConfig(), "4 query heads .*=8"),
         (2, transformers.Olmo2Config(**SHAPE), ShardingConfig(), "colwise_gather_output"),
-        (2, transformers.GPT2Config(n_layer=2, n_embd=32, n_head=4), ShardingConfig(), "no plan to cut GPT2"),
+        (
+            2,
+            transformers.GPT2Config(n_layer=2, n_embd=32, n_head=4, attn_pdrop=0.0),
+            ShardingConfig(),
+            "no plan to cut GPT2",
+        ),
         (2, transformers.LlamaConfig(**SHAPE), ShardingConfig("none", "none"), "leave sharding"),
     ],
     ids=["key heads", "outputs", "query heads", "other styles", "no plan", "sharding"],
