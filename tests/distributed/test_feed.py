@@ -139,6 +139,19 @@ def test_an_error_on_one_rank_stops_every_rank_at_once():
     assert "DataError: rank 1 could not read its data" in str(caught.value)
 
 
+def read_past_an_error_in_a_pipeline():
+    fold = make_fold(ParallelConfig(pipeline=2), "cpu")
+    rows = make_rows(fold, range(4))
+    feed = RowFeed((BrokenOnOneRank if dist.get_rank() == 1 else RowList)(rows), fold, rows_per_step=1)
+    feed.next_step()
+    feed.next_step()
+
+
+def test_an_error_in_a_pipeline_names_the_rank_of_the_world():
+    with pytest.raises(RankError, match="DataError: rank 1 could not read its data"):
+        run_ranks(read_past_an_error_in_a_pipeline, 4, timeout=60.0)
+
+
 def read_different_rows():
     fold = make_fold(SEQUENCE, "cpu")
     feed = RowFeed(RowList(make_rows(fold, [fold.sequence_rank])), fold, rows_per_step=1)
