@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from longvila.apply.attention import folded_attention, refuse_mask
@@ -82,16 +82,13 @@ def _try(language_model: PreTrainedModel) -> SimpleNamespace:
             seen.windows += mask.window is not None
             return v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
 
-    def attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        return folded_attention(module, *args, **kwargs)
-
     def mask(*args: Any, mask_function: Any = None, **kwargs: Any) -> None:
         refuse_mask(*args, **kwargs)
         if mask_function is not None:
             zero = torch.tensor(0)
             seen.windowed_masks += not mask_function(zero, zero, torch.tensor(FAR), zero)
 
-    AttentionInterface.register(PROBE, attention)
+    AttentionInterface.register(PROBE, folded_attention)
     AttentionMaskInterface.register(PROBE, mask)
     language_model.set_attn_implementation(PROBE)
     weight: Any = language_model.get_input_embeddings().weight
