@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,23 +48,23 @@ def samples(
     for shard in shards:
         stem = shard.name.partition(".jsonl")[0]
         place = images or folder / f"{stem}_images"
-        for number, line in enumerate(_lines(shard)):
-            if line.strip():
-                yield _sample(line, f"{stem}-{number:07d}".replace(".", "_"), place, min_similarity, max_images)
+        try:
+            for number, line in enumerate(_lines(shard)):
+                if line.strip():
+                    yield _sample(line, f"{stem}-{number:07d}".replace(".", "_"), place, min_similarity, max_images)
+        except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            yield BadRecord(shard.name, f"cannot be read to its end ({type(error).__name__}: {error})")
 
 
 def _lines(shard: Path) -> Iterator[bytes]:
-    try:
-        if shard.suffix == ".jsonl":
-            with shard.open("rb") as file:
+    if shard.suffix == ".jsonl":
+        with shard.open("rb") as file:
+            yield from file
+        return
+    with zipfile.ZipFile(shard) as archive:
+        for name in archive.namelist():
+            with archive.open(name) as file:
                 yield from file
-        else:
-            with zipfile.ZipFile(shard) as archive:
-                for name in archive.namelist():
-                    with archive.open(name) as file:
-                        yield from file
-    except (OSError, zipfile.BadZipFile) as error:
-        raise DataError(f"{shard}: cannot be read ({error})") from error
 
 
 def _sample(line: bytes, key: str, images: Path, min_similarity: float, max_images: int) -> SourceSample | BadRecord:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tokenizers
@@ -104,8 +104,7 @@ def encode_prompt(
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:
     """Token ids and labels of plain text, closed by the end-of-text token: every token is a target."""
-    if FRAME_TOKEN in text:
-        raise DataError(f"the text contains the reserved word {FRAME_TOKEN}")
+    _check_text(text)
     ids = list(tokenizer(text)["input_ids"])
     if not ids or ids[-1] != tokenizer.eos_token_id:
         ids.append(tokenizer.eos_token_id)
@@ -125,8 +124,7 @@ def _flatten(messages: Messages, expected: int) -> Messages:
                 num_media += 1
                 lines.append(FRAME_TOKEN)
             elif part["type"] == "text":
-                if FRAME_TOKEN in part["text"]:
-                    raise DataError(f"a message contains the reserved word {FRAME_TOKEN}: {part['text'][:80]!r}")
+                _check_text(part["text"])
                 lines.append(part["text"])
             else:
                 raise DataError(f"a message part has the type {part['type']!r}; known are text, video and image")
@@ -134,6 +132,15 @@ def _flatten(messages: Messages, expected: int) -> Messages:
     if num_media != expected:
         raise DataError(f"the messages have {num_media} video or image parts for {expected} videos and images")
     return flat
+
+
+def _check_text(text: str) -> None:
+    if FRAME_TOKEN in text:
+        raise DataError(f"a text contains the reserved word {FRAME_TOKEN}: {text[:80]!r}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"a text holds half of a surrogate pair: {text[error.start : error.start + 80]!a}") from error
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages, **kwargs: Any) -> str:
@@ -149,7 +156,9 @@ def _answer_spans(tokenizer: PreTrainedTokenizerBase, messages: Messages, text: 
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = _render(tokenizer, messages[:index], add_generation_prompt=True)
+        before = (
+            _render(tokenizer, messages[:index], add_generation_prompt=True) if index else _opening(tokenizer, message)
+        )
         through = text if index + 1 == len(messages) else _render(tokenizer, messages[: index + 1])
         if not (through.startswith(before) and text.startswith(through)):
             raise ConfigError(
@@ -159,6 +168,12 @@ def _answer_spans(tokenizer: PreTrainedTokenizerBase, messages: Messages, text: 
             )
         spans.append((len(before), len(through.rstrip())))
     return spans
+
+
+def _opening(tokenizer: PreTrainedTokenizerBase, message: Mapping[str, Any]) -> str:
+    """What the template puts before the content of a first message. (Templates refuse a conversation of no message.)"""
+    one, other = (_render(tokenizer, [{**message, "content": content}]) for content in "01")
+    return one[: next((place for place, pair in enumerate(zip(one, other, strict=False)) if len(set(pair)) > 1), None)]
 
 
 def _expand(

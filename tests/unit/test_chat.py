@@ -134,3 +134,22 @@ def test_the_frame_token_is_added_once():
     tokenizer = byte_tokenizer()
     first = prepare_tokenizer(tokenizer)
     assert prepare_tokenizer(tokenizer) == first == 259
+
+
+def test_a_conversation_may_begin_with_an_answer(tokenizer):
+    """As documents of text and images do: MMC4's."""
+    document = [{"type": "image"}, {"type": "text", "text": "Lock it."}, {"type": "image"}]
+    ids, labels = encode_messages(tokenizer, [{"role": "assistant", "content": document}], [1, 1], 2)
+    assert tokenizer.decode(ids) == f"<|im_start|>assistant\n{'<frame>' * 2}\nLock it.\n{'<frame>' * 2}<|im_end|>\n"
+    assert runs_of_labels(tokenizer, labels) == ["\nLock it.\n", "<|im_end|>"]
+    greeting = {"role": "assistant", "content": "Hello."}
+    ids, labels = encode_messages(tokenizer, [greeting, *CONVERSATION[1:3]], [1], 2)
+    assert runs_of_labels(tokenizer, labels) == ["Hello.<|im_end|>", "Sept, écrit 7.<|im_end|>"]
+
+
+def test_half_of_a_surrogate_pair_is_refused(tokenizer):
+    torn = "A cat \ud83d"
+    with pytest.raises(DataError, match=r"half of a surrogate pair: '.ud83d'"):
+        encode_text(tokenizer, torn)
+    with pytest.raises(DataError, match="half of a surrogate pair"):
+        encode_messages(tokenizer, [{"role": "user", "content": torn}], [], 2)

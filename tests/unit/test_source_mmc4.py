@@ -9,8 +9,10 @@ import pytest
 
 from longvila import content
 from longvila.errors import DataError
+from longvila.model.chat import ChatEncoder, prepare_tokenizer
 from longvila.shards import BadRecord, write_shards
 
+from .model_parts import byte_tokenizer
 from .shards_parts import FRAME, FRAME_TOKENS, make_loader, rows_of
 from .video_fixtures import make_image, read_number, write
 
@@ -107,9 +109,31 @@ def test_lines_of_another_form_are_told(tmp_path, line, reason):
     assert reason in found.reason
 
 
-def test_folders_and_archives_of_another_form_are_refused(tmp_path):
+def test_a_folder_without_documents_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"holds no \.jsonl"):
         samples(tmp_path)
-    write(tmp_path / "x.jsonl.zip", b"no archive")
-    with pytest.raises(DataError, match=r"x\.jsonl\.zip: cannot be read"):
-        samples(tmp_path)
+
+
+def test_an_archive_that_cannot_be_read_to_its_end_is_told_and_the_others_are_read(folder):
+    expected = samples(folder)
+    (good,) = folder.glob("*.zip")
+    data = bytearray(good.read_bytes())
+    data[60:90] = bytes(30)
+    write(folder / "a.jsonl.zip", b"no archive")
+    write(folder / "b.jsonl.zip", bytes(data))
+    first, second, *rest = samples(folder)
+    assert [each.key for each in (first, second)] == ["a.jsonl.zip", "b.jsonl.zip"]
+    assert all("cannot be read to its end" in each.reason for each in (first, second))
+    assert rest == expected
+
+
+def test_documents_are_encoded_by_a_chat_template(folder, tmp_path):
+    tokenizer = byte_tokenizer()
+    prepare_tokenizer(tokenizer)
+    write_shards(samples(folder), tmp_path / "data")
+    loader = make_loader(tmp_path, encode=ChatEncoder(tokenizer, FRAME_TOKENS), row_tokens=400)
+    rows = rows_of(loader)
+    assert loader.bad.listed == {}
+    targets = [tokenizer.decode(row.labels[row.labels != -100]) for row in rows]
+    for sentence in (*DOCUMENTS[0]["text_list"], *DOCUMENTS[2]["text_list"]):
+        assert sum(text.count(sentence) for text in targets) == 1
