@@ -9,7 +9,8 @@ from pathlib import Path
 from longvila.errors import MediaError
 
 CLOCK = r"(?:(\d+):)?(\d+):(\d+)[,.](\d{1,3})"
-ENTRY = re.compile(rf"{CLOCK}[ \t]*-->[ \t]*{CLOCK}[^\n]*\n(.*?)(?:\n[ \t]*\n|\Z)", re.DOTALL)
+ENTRY = re.compile(rf"{CLOCK}[ \t]*-->[ \t]*{CLOCK}[^\n]*\n((?:(?![^\n]*-->)[ \t]*\S[^\n]*(?:\n|\Z))*)")
+"""Times, and the lines up to one that is blank or has times again."""
 
 
 @dataclass(frozen=True)

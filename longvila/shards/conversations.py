@@ -130,9 +130,15 @@ def _add_subtitles(messages: list[dict[str, Any]], name: Any, root: Path) -> Non
     subtitles = read_subtitles(root / name)
     if not subtitles:
         raise DataError(f"{name} holds no subtitle; known are SubRip (.srt) and WebVTT (.vtt)")
-    lines = [f"[{each.begin // 60:02.0f}:{each.begin % 60:04.1f}] {each.line}" for each in subtitles]
+    lines = [f"[{_clock(each.begin)}] {each.line}" for each in subtitles]
     content, number = places[0]
     content.insert(number + 1, {"type": "text", "text": "\n".join([SUBTITLES, *lines])})
+
+
+def _clock(seconds: float) -> str:
+    """Minutes and seconds, rounded before they are parted: 59.97 s is 01:00.0."""
+    minutes, tenths = divmod(round(seconds * 10), 600)
+    return f"{minutes:02d}:{tenths / 10:04.1f}"
 
 
 def _media(record: dict[str, Any]) -> dict[MediumType, list[str]]:

@@ -81,7 +81,7 @@ def make_index(shard: Path) -> ShardIndex:
                 )
             members = list(_members(tar, shard))
             entries = [
-                _entry(key, {extension: member for _, extension, member in group}, tar, shard)
+                _entry(key, [(extension, member) for _, extension, member in group], tar, shard)
                 for key, group in groupby(members, key=lambda item: item[0])
             ]
     except (OSError, tarfile.TarError, ValueError, KeyError, TypeError) as error:
@@ -171,10 +171,13 @@ def _members(tar: tarfile.TarFile, shard: Path) -> Iterator[tuple[str, str, tarf
             key, extension = split_name(member.name)
             if key is None or extension is None:
                 raise DataError(f"{shard}: the name '{member.name}' has no extension")
-            yield key, extension, member
+            yield key, extension.lower(), member  # as webdataset reads them, where there is no index
 
 
-def _entry(key: str, members: dict[str, tarfile.TarInfo], tar: tarfile.TarFile, shard: Path) -> Entry:
+def _entry(key: str, group: list[tuple[str, tarfile.TarInfo]], tar: tarfile.TarFile, shard: Path) -> Entry:
+    members = dict(group)
+    if len(members) < len(group):
+        raise DataError(f"{shard}: {key} comes twice, or has two files of one kind: {', '.join(dict(group))}")
     content = tar.extractfile(members["json"]) if "json" in members else None
     if content is None:
         raise DataError(f"{shard}: {key} has no JSON beside it")

@@ -52,8 +52,10 @@ class Lengths:
             OSError: the shard cannot be read.
         """
         path = self._folder / f"{index.sha256}.json"
-        if (known := _read(path)) and len(known) == len(index.entries):
-            return known
+        known = _read(path) or ()
+        if len(known) == len(index.entries):
+            # A fault may have been of a disk or of a copy that was damaged, and not of the sample.
+            return tuple(self._measure(shard, index, number) if one.fault else one for number, one in enumerate(known))
         found = tuple(self._measure(shard, index, number) for number in range(len(index.entries)))
         if shard.stat().st_size == index.bytes:  # what a damaged copy holds is not what the checksum stands for
             _write(path, found)

@@ -99,6 +99,8 @@ def check_sample(messages: list[dict[str, Any]], media_type: Any, num_media: int
     """The types of the media of a sample, in order. Raises DataError when its parts contradict each other."""
     if media_type not in get_args(MediaType):
         raise DataError(f"its media_type is {media_type!r}; known are {', '.join(get_args(MediaType))}")
+    if not isinstance(metadata, dict):
+        raise DataError(f"its metadata must be an object, not {str(metadata)[:80]}")
     markers = media_markers(messages)
     if media_type == "text":
         if markers or num_media:
@@ -117,6 +119,8 @@ def check_sample(messages: list[dict[str, Any]], media_type: Any, num_media: int
 
 def media_markers(messages: list[dict[str, Any]]) -> list[Any]:
     """The types of the media parts in chat messages, in order. Raises DataError on messages of another form."""
+    if not isinstance(messages, list):
+        raise DataError(f"its messages must be a list, not {str(messages)[:80]}")
     markers = []
     for message in messages:
         if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
@@ -126,6 +130,8 @@ def media_markers(messages: list[dict[str, Any]]) -> list[Any]:
             continue
         if not isinstance(content, list) or not all(isinstance(part, dict) and "type" in part for part in content):
             raise DataError(f"a message's content must be text or a list of typed parts, not {str(content)[:80]}")
+        if wordless := [part for part in content if part["type"] == "text" and not isinstance(part.get("text"), str)]:
+            raise DataError(f"a message's part of text has no text: {str(wordless[0])[:80]}")
         markers += [part["type"] for part in content if part["type"] != "text"]
     return markers
 
@@ -135,6 +141,9 @@ def to_json(sample: SourceSample, infos: Sequence[VideoInfo | None]) -> bytes:
 
     Args:
         infos: the facts of each of its media, None for images.
+
+    Raises:
+        DataError: its text is not Unicode.
     """
     content = {
         "key": sample.key,
@@ -143,7 +152,10 @@ def to_json(sample: SourceSample, infos: Sequence[VideoInfo | None]) -> bytes:
         "media": infos_to_json(infos),
         "metadata": sample.metadata,
     }
-    return json.dumps(content, ensure_ascii=False).encode()
+    try:
+        return json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"its text holds half of a surrogate pair ({error})") from error
 
 
 def from_members(key: str, members: Mapping[str, bytes] | Mapping[str, FileRange]) -> Sample:

@@ -146,8 +146,11 @@ class _Pack:
                 "start again"
             )
         for line in self._expected:
-            self.report = PackReport(**line["report"], bad={**self.report.bad, **line["bad"]})
+            self.report.bad |= line["bad"]
             self._digests |= line["digests"]
+        if self._expected:
+            shards = [line["shard"] for line in self._expected]
+            self.report = PackReport(**self._expected[-1]["report"], bad=self.report.bad, shards=shards)
         self._keys = set(self._digests.values())
         finished = {line["shard"] for line in self._expected}
         for path in self.folder.glob("shard-*"):
@@ -170,7 +173,7 @@ class _Pack:
 
     def _take(self, item: SourceSample | BadRecord) -> None:
         self._taken += 1
-        self._source.update(item.key.encode() + b"\0")
+        self._source.update(item.key.encode(errors="surrogatepass") + b"\0")
 
     def add(
         self, item: SourceSample | BadRecord, waits: Callable[[], _Prepared], max_samples: int, max_bytes: int
@@ -209,7 +212,7 @@ class _Pack:
         self._shard.close()
         write_index(self.folder / self._name)
         self.report.shards.append(self._name)
-        figures = {name: value for name, value in asdict(self.report).items() if name != "bad"}
+        figures = {name: value for name, value in asdict(self.report).items() if name not in ("bad", "shards")}
         self._note(
             {
                 "shard": self._name,
@@ -235,7 +238,7 @@ class _Pack:
 
     def _note(self, line: dict[str, Any]) -> None:
         with self._progress.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
@@ -314,7 +317,7 @@ def _read_media(media: Path | bytes, kind: MediumType, name: str) -> tuple[str, 
 def _finish(folder: Path, out: Path, report: PackReport) -> None:
     """Writes the list of bad samples and the counts, then moves the folder into place."""
     if report.bad:
-        lines = (json.dumps({"key": key, "reason": reason}, ensure_ascii=False) for key, reason in report.bad.items())
+        lines = (json.dumps({"key": key, "reason": reason}) for key, reason in report.bad.items())
         (folder / "bad.jsonl").write_text("".join(f"{line}\n" for line in lines))
     index = {**asdict(report), "bad": len(report.bad)}
     (folder / "index.json").write_text(json.dumps(index, indent=2))

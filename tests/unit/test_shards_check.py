@@ -225,3 +225,29 @@ def test_the_command_index_writes_what_is_missing_and_no_more(folder):
     assert "2 indexes written" in result.output
     assert {path: path.read_bytes() for path in folder.glob("*.index.jsonl")} == expected
     assert kept.stat().st_mtime_ns == before
+
+
+def test_extensions_in_capitals_are_read_as_without_an_index(folder, tmp_path):
+    shard = folder / "shard-000000.tar"
+    expected = read_index(shard).entries
+    with tarfile.open(shard) as tar, tarfile.open(tmp_path / "new.tar", "w") as new:
+        for member in tar.getmembers():
+            data = tar.extractfile(member)
+            stem, _, extension = member.name.rpartition(".")
+            member.name = f"{stem}.{extension.upper()}"
+            new.addfile(member, data)
+    (tmp_path / "new.tar").replace(shard)
+    index_path(shard).unlink()
+    write_index(shard)
+    assert [(each.key, sorted(each.members)) for each in read_index(shard).entries] == [
+        (each.key, sorted(each.members)) for each in expected
+    ]
+
+
+def test_a_key_that_comes_twice_in_a_row_cannot_be_indexed(folder, tmp_path):
+    shard = folder / "shard-000000.tar"
+    with tarfile.open(shard) as tar, tarfile.open(tmp_path / "new.tar", "w") as new:
+        for member in [each for each in tar.getmembers()[:2] for _ in range(2)]:
+            new.addfile(member, tar.extractfile(member))
+    with pytest.raises(DataError, match=r"new\.tar: .* comes twice, or has two files of one kind"):
+        make_index(tmp_path / "new.tar")

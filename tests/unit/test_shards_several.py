@@ -167,6 +167,13 @@ SRT = """\ufeff1\r
 jumps.\r
 \r
 2\r
+00:00:04,000 --> 00:00:05,000\r
+\r
+3\r
+00:00:59,970 --> 00:01:01,000\r
+It rolls.\r
+ \r
+4\r
 01:02:03,004 --> 01:02:05,000 X1:0\r
 It sleeps."""
 VTT = """WEBVTT
@@ -176,6 +183,9 @@ A cat jumps.
 
 00:04.000 --> 00:05.000
 
+00:05.000 --> 00:06.000
+00:59.970 --> 01:01.000
+It rolls.
 
 1:02:03.004 --> 1:02:05.000
 It sleeps.
@@ -189,10 +199,13 @@ def test_subtitles_stand_behind_their_video_with_their_times(tmp_path, name, tex
     found = to_sample({"video": "c.mp4", "subtitles": name, "conversations": turns}, 1, tmp_path)
     assert [part.get("text", part["type"]) for part in found.messages[0]["content"]] == [
         "See", "video",
-        "This video's subtitles are listed below:\n[00:01.5] A cat jumps.\n[62:03.0] It sleeps.", "and say",
+        "This video's subtitles are listed below:\n[00:01.5] A cat jumps.\n[01:00.0] It rolls.\n[62:03.0] It sleeps.",
+        "and say",
     ]  # fmt: skip
     assert found.metadata == {"subtitles": name}
-    assert [(each.begin, each.end) for each in read_subtitles(tmp_path / name)] == [(1.5, 3.0), (3723.004, 3725.0)]
+    assert [(each.begin, each.end) for each in read_subtitles(tmp_path / name)] == [
+        (1.5, 3.0), (59.97, 61.0), (3723.004, 3725.0),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -239,18 +240,32 @@ def test_a_shard_that_is_lost_after_it_was_measured_is_an_error_and_no_hole(fold
 
 
 def test_bad_jsons_are_counted_with_their_reason_and_the_rest_is_read(tmp_path):
-    packed(tmp_path / "data", [video(f"v{index}", number=16 * index) for index in range(4)])
-    shard = tmp_path / "data" / "shard-000000.tar"
+    packed(tmp_path / "data", [video(f"v{index}", number=16 * index) for index in range(6)])
+    wrong = {
+        "v1": (rb'"video"', rb'"radio"', "radio"),
+        "v3": (rb'"messages": \[.*\]', rb'"messages": null', "its messages must be a list, not None"),
+        "v4": (rb'"metadata": {[^}]*}', rb'"metadata": 0', "its metadata must be an object, not 0"),
+        "v5": (rb'"text": ', rb'"txet": ', "a message's part of text has no text"),
+    }
 
     def spoil(name, data):
-        return name, data.replace(b'"video"', b'"radio"') if name == "v1.json" else data
+        key, _, extension = name.rpartition(".")
+        if extension != "json" or key not in wrong:
+            return name, data
+        spoilt = re.sub(*wrong[key][:2], data)
+        assert spoilt != data
+        return name, spoilt.ljust(len(data))  # every member keeps its place
 
-    rewrite(shard, spoil)  # every member keeps its place
-    loader = make_loader(tmp_path)
-    rows = rows_of(loader)
-    assert sorted(keys(rows)) == ["v0", "v2", "v3"]
-    assert list(loader.bad.listed) == ["v1"]
-    assert "radio" in loader.bad.listed["v1"]
+    for shard in (tmp_path / "data").glob("*.tar"):
+        rewrite(shard, spoil)
+    for indexed in (True, False):
+        if not indexed:
+            without_indexes(tmp_path / "data")
+        loader = make_loader(tmp_path)
+        assert sorted(keys(rows_of(loader))) == ["v0", "v2"]
+        assert sorted(loader.bad.listed) == sorted(wrong)
+        for key, (_, _, reason) in wrong.items():
+            assert reason in loader.bad.listed[key]
 
 
 def test_an_index_written_later_serves_as_well(folder):
@@ -316,3 +331,19 @@ def test_the_pieces_of_a_long_text_are_all_there(tmp_path):
     assert targets == [101 + index for index in range(1, 25)]
     assert torch.cat([row.input_ids for row in rows]).shape == (28,)
     assert replace(Cursor(), row=1) != Cursor()
+
+
+def test_a_fault_is_looked_at_again_and_all_else_is_not(folder, monkeypatch, tmp_path):
+    """It may have been the disk's."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    expected = flat(rounds(folder))
+    (path, *_) = sorted((tmp_path / "cache/longvila/lengths").glob("*/*.json"))
+    lines = json.loads(path.read_text())
+    path.write_text(json.dumps([[[], 0, "Input/output error"], *lines[1:]]))
+    measured = []
+    real = lengths_module.Lengths._measure
+    monkeypatch.setattr(
+        lengths_module.Lengths, "_measure", lambda self, *place: (measured.append(place[-1]), real(self, *place))[1]
+    )
+    assert flat(rounds(folder)) == expected
+    assert measured == [0]

@@ -71,6 +71,8 @@ def test_what_cannot_be_used_is_left_out_counted_and_listed_by_key(tmp_path):
         "mute": (SourceSample("mute", [], None, "text"), "neither messages nor"),
         "form": (SourceSample("form", [{"text": "hello"}], None, "text"), "a message must be"),
         "refused": (BadRecord("refused", "the source said so"), "the source said so"),
+        "torn": (SourceSample("torn", [], None, "text", {"text": "a cat \ud83d"}), "half of a surrogate pair"),
+        "name \udcff": (BadRecord("name \udcff", "no name of a file in UTF-8"), "no name of a file"),
     }
     report = write_shards([video("good"), *(sample for sample, _ in bad.values())], tmp_path / "out")
     assert report.samples == 1
@@ -203,6 +205,7 @@ def test_a_killed_pack_goes_on_too(tmp_path):
     finished = sorted(path.name for path in (tmp_path / "out.partial").glob("*.index.jsonl"))
     assert finished == ["shard-000000.index.jsonl", "shard-000001.index.jsonl"]
     progress = tmp_path / "out.partial" / "progress.jsonl"
+    assert "shard-000000" not in progress.read_text().splitlines()[-1], "lines must not grow with the shards before"
     progress.write_bytes(progress.read_bytes() + b'{"shard": "shard-0000')  # it was being written
     write_shards(samples, tmp_path / "out", max_samples=5)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
