@@ -48,4 +48,4 @@ def samples(folder: Path, conversations: str = "conversations.jsonl") -> Iterato
             named.update(sample.files)
         yield sample
     for path in sorted(videos.difference(named)):
-        yield BadRecord(str(path.relative_to(folder)), f"no line of {conversations} uses it")
+        yield BadRecord(str(path.relative_to(folder)), f"no usable line of {conversations} uses it")

@@ -19,9 +19,9 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
-from PIL import Image
 
 from longvila.errors import DataError
+from longvila.media.container import open_image
 from longvila.shards.conversations import read_records, to_sample
 from longvila.shards.sample import IMAGE_EXTENSIONS, BadRecord, SourceSample
 
@@ -57,7 +57,7 @@ def _with_video(sample: SourceSample, path: Path, fps: float) -> SourceSample | 
         return BadRecord(sample.key, f"{path} holds no frame; known are {', '.join(IMAGE_EXTENSIONS)}")
     try:
         return dataclasses.replace(sample, media=_encode(frames, fps))
-    except (OSError, ValueError) as error:
+    except (DataError, OSError, ValueError) as error:
         return BadRecord(sample.key, f"a frame of {path} cannot be read ({error})")
 
 
@@ -69,7 +69,7 @@ def _encode(frames: list[Path], fps: float) -> bytes:
         stream = output.add_stream("libx264", rate=rate, options={"g": "10", "crf": "18", "threads": "1"})
         assert isinstance(stream, av.VideoStream)
         for number, path in enumerate(frames):
-            with Image.open(path) as image:
+            with open_image(path, path.name) as image:
                 picture = image.convert("RGB")
             if not number:
                 stream.width, stream.height = (max(2, side // 2 * 2) for side in picture.size)

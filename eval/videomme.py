@@ -251,7 +251,8 @@ def _duration_rank(name: str) -> int:
 def _swapped(films: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     shown: dict[str, str] = {}
     for duration in dict.fromkeys(field(film, "duration") for film in films):
-        shown.update(derangement([film["video_id"] for film in films if field(film, "duration") == duration]))
+        names = dict.fromkeys(film["video_id"] for film in films if field(film, "duration") == duration)
+        shown.update(derangement(list(names)))
     return shown
 
 

@@ -206,6 +206,18 @@ def test_swapping_shows_every_question_with_another_film_of_its_length(data):
     assert {request.metadata["shown"] for request in requests} == set(FILMS)
 
 
+def test_films_that_are_listed_for_each_question_are_swapped_with_others(data):
+    films = json.loads((data / "videomme.json").read_text())
+    each = [{**film, "questions": [question]} for film in films for question in film["questions"]]
+    (data / "videomme.json").write_text(json.dumps(each))
+    requests = videomme.requests(data, swap=True)
+    assert len(requests) == 8
+    for request in requests:
+        own, shown = request.metadata["film"]["video_id"], request.metadata["shown"]
+        assert own != shown
+        assert FILMS[own] == FILMS[shown]
+
+
 def test_the_official_protocol_leaves_unanswered_questions_out_and_lmms_eval_counts_them_wrong(data):
     requests = videomme.requests(data)
     responses = {request.id: request.metadata["question"]["answer"] for request in requests}

@@ -74,7 +74,7 @@ def test_the_samples_can_be_packed(folder, tmp_path):
 
 def test_a_video_that_no_line_names_is_told(folder):
     *_, last = samples(folder, [{"video": "a.mp4", "messages": TURNS}])
-    assert last == BadRecord("deep/b.mp4", "no line of conversations.jsonl uses it")
+    assert last == BadRecord("deep/b.mp4", "no usable line of conversations.jsonl uses it")
 
 
 def test_every_video_of_a_line_that_names_several_is_used(folder):

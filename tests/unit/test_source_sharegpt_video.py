@@ -27,7 +27,7 @@ def folder(tmp_path):
         write(tmp_path / name, make_image(100 + number, format="JPEG"))
     write(tmp_path / "frames/activitynet/v_abc/readme.txt", b"no frame")
     (tmp_path / "frames/empty").mkdir()
-    write(tmp_path / "frames/broken/c01_0001.jpeg", b"no picture")
+    write(tmp_path / "frames/broken/c01_0001.png", make_image(1, format="PNG").replace(b"IDAT", bytes(4)))
     write(tmp_path / "frames/film.mp4", make_video(4))
     records = [
         record("v_abc-0", "activitynet/v_abc"), record("film", "film.mp4"), record("empty", "empty"),
