@@ -36,11 +36,13 @@ class CutModule(nn.Module):
 
     tensor_ranks: dist.ProcessGroup
     tensor_tokens: tuple[int, ...]
-    """Of the row at hand, the tokens of each rank. Set by the layer, each time that it runs."""
+    """Of the row at hand, the tokens of each rank. Set each time that the layer runs."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """(..., t, D) -> (..., t, D), or a tuple that begins with it."""
         whole = _on_tokens(gather_tokens, hidden_states, self)
+        if "position_ids" in kwargs and "position_ids" in inspect.signature(super().forward).parameters:
+            kwargs["position_ids"] = _of_all_tokens(kwargs["position_ids"], self)  # as Ministral 3 scales queries by
         out = super().forward(whole, *args, **kwargs)
         if isinstance(out, tuple):
             return _on_tokens(spread_sums, out[0], self), *out[1:]
@@ -149,7 +151,10 @@ def _cut_layer(layer: nn.Module, styles: dict[str, str], config: Any, mesh: Devi
         parent.__class__ = type(f"Cut{own.__name__}", (CutModule, own), {})
         parent.tensor_ranks = mesh.get_group()  # type: ignore[assignment]
         parents.append(parent)
-    layer.register_forward_pre_hook(partial(_tell_tokens, parents), with_kwargs=True)
+    # Attention comes first. Not the layer: transformers 5.24 computes a layer again without the hooks of the layer.
+    for module in layer.children():
+        if hasattr(module, "layer_idx"):
+            module.register_forward_pre_hook(partial(_tell_tokens, parents), with_kwargs=True)
     return cut
 
 
@@ -221,7 +226,7 @@ def _on_tokens(collective: Callable[..., Tensor], x: Tensor, module: Any) -> Ten
 
 
 def _tell_tokens(modules: list[Any], _caller: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
-    """In front of a layer: also when activation checkpointing runs it again, maybe after another row."""
+    """In front of attention: also when activation checkpointing runs it again, maybe after another row."""
     plan: FoldedPlan | None = kwargs.get("plan")
     if plan is None:
         raise ConfigError("under tensor parallelism the model's forward needs plan=...")
@@ -232,6 +237,10 @@ def _tell_tokens(modules: list[Any], _caller: nn.Module, _args: Any, kwargs: dic
 def _gather_positions(rotary: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
     """The attention modules turn queries and keys of all tokens of the group."""
     bound = inspect.signature(rotary.forward).bind(*args, **kwargs)
-    positions = bound.arguments["position_ids"].unsqueeze(-1)
-    bound.arguments["position_ids"] = _on_tokens(gather_tokens, positions, rotary).squeeze(-1)
+    bound.arguments["position_ids"] = _of_all_tokens(bound.arguments["position_ids"], rotary)
     return bound.args, bound.kwargs
+
+
+def _of_all_tokens(positions: Tensor, module: Any) -> Tensor:
+    """(1, t) -> (1, tokens of the group)."""
+    return _on_tokens(gather_tokens, positions.unsqueeze(-1), module).squeeze(-1)

@@ -39,6 +39,18 @@ MODELS = {
     "qwen3": functools.partial(transformers.Qwen3Config, **SHAPE),
     "llama": functools.partial(transformers.LlamaConfig, **SHAPE),
     "mistral": functools.partial(transformers.MistralConfig, **SHAPE, sliding_window=6),
+    "ministral3": functools.partial(
+        transformers.Ministral3Config,
+        **SHAPE,
+        sliding_window=None,
+        max_position_embeddings=64,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "llama_4_scaling_beta": 0.5,
+            "original_max_position_embeddings": 4,
+        },
+    ),
     "gemma3": functools.partial(
         transformers.Gemma3TextConfig, **SHAPE, sliding_window=5, layer_types=LAYERS, query_pre_attn_scalar=8
     ),

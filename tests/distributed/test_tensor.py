@@ -53,7 +53,7 @@ def biased_errors(parallel):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("name", ["qwen3", "llama", "mistral", "gemma3", "qwen2_moe", "qwen3_moe", "mixtral"])
+@pytest.mark.parametrize("name", list(test_models.MODELS))
 def test_language_models_of_transformers_have_the_gradients_of_one_process(name, parallel, rounded):
     found, counted = run_ranks(test_models.errors, parallel.sequence, name, parallel)[0]
     bound = 1e-6 if name in rounded else 1e-11
