@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -58,14 +59,23 @@ def shard_parameters(
     def shard(module: nn.Module, ignored: set[nn.Parameter] | None = None) -> Any:
         return fully_shard(module, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy, ignored_params=ignored)
 
-    def shard_copies(modules: Any, copies: DeviceMesh) -> None:
-        fully_shard(modules, mesh=copies, reshard_after_forward=reshard, mp_policy=policy,
+    def shard_copies(modules: Any, copies: DeviceMesh, cast: bool = True) -> None:
+        own = policy if cast else replace(policy, cast_forward_inputs=False)
+        fully_shard(modules, mesh=copies, reshard_after_forward=reshard, mp_policy=own,
                     shard_placement_fn=partial(_other_dim, copies.size()))  # fmt: skip
 
+    # Routers that score in fp32 whatever the rest computes in, as transformers' list of such weights says.
+    keeps = getattr(getattr(model, "language_model", model), "_keep_in_fp32_modules_strict", None) or ()
+    exact = MixedPrecisionPolicy(cast_forward_inputs=False)
+    for name in [name for name, _ in model.named_parameters()]:
+        if precision == "bf16" and any(pattern in name for pattern in keeps):
+            owner = model.get_submodule(name.rpartition(".")[0])
+            fully_shard(owner, mesh=mesh, reshard_after_forward=reshard, mp_policy=exact)
     if fold.experts is not None:
         for module in model.modules():
             if isinstance(module, DispatchedExperts):
-                shard_copies(module, fold.experts["copies"])
+                # Tokens are of the type of their layer already, and weights of results stay as the router gives them.
+                shard_copies(module, fold.experts["copies"], cast=False)
     if fold.tensor is not None:
         for linears in cut:
             if linears:

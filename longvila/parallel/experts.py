@@ -92,7 +92,7 @@ def dispatch(
         results = results[rows]
     # Back in order of (token, choice). The weights are the sender's: no gradient of theirs has to travel.
     each = results.new_zeros(len(flat), hidden.shape[1]).index_copy(0, order, results)
-    return (each.view(*chosen.shape, hidden.shape[1]) * weights[..., None]).sum(1)
+    return (each.view(*chosen.shape, hidden.shape[1]) * weights[..., None]).sum(1).to(hidden.dtype)
 
 
 def _by_expert(flat: Tensor, weights: Tensor, capacity: Capacity | None) -> Tensor:

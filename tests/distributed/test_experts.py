@@ -1,8 +1,11 @@
 """Experts shared out over ranks, on a fold of their own: loss and every gradient equal one process."""
 
+import functools
+
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
@@ -14,6 +17,7 @@ from longvila.bench.mapping import kept_of
 from longvila.config import MixtureConfig, ParallelConfig, ShardingConfig
 from longvila.difference import relative_error
 from longvila.errors import ConfigError
+from longvila.parallel.batch import shard_batch
 from longvila.parallel.choose import make_plan
 from longvila.parallel.experts import Capacity, dispatch
 from longvila.parallel.fold import make_fold
@@ -347,3 +351,54 @@ def with_biased_experts():
 def test_what_cannot_be_shared_out_is_refused_with_both_numbers(world, parallel, make, sharding, words):
     with pytest.raises((ConfigError, RankError), match=words):
         run_ranks(refused, world, parallel, make, sharding)
+
+
+def brief_step(make, parallel, mixture):
+    """Types of what routers score with, of experts' results and of the model's, in bf16; and the loss."""
+    model = make().float()
+    seen = {}
+    for name, module in model.named_modules():
+        if name.endswith("mlp.gate"):
+            module.register_forward_pre_hook(lambda module, _: seen.update(router=module.weight.dtype))
+        if is_experts(module):
+            module.register_forward_hook(lambda _module, _inputs, out: seen.update(experts=out.dtype))
+    fold = make_fold(parallel, "cpu")
+    apply_folds(model, fold, "bf16", recompute="all", mixture=mixture, parallel=parallel)
+    ids, labels, positions = test_models.make_row()
+    batch = shard_batch(test_models.LENGTHS, fold, input_ids=ids, labels=labels, position_ids=positions)
+    labels = batch.pop("labels")[0]
+    logits = model(**batch, use_cache=False).logits
+    loss = torch.nn.functional.cross_entropy(logits[0].float(), labels, ignore_index=-100, reduction="sum")
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    return seen | {"logits": logits.dtype, "loss": loss.item()}
+
+
+GLM = functools.partial(
+    transformers.Glm4MoeConfig, **test_models.SHAPE, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
+    moe_intermediate_size=16, first_k_dense_replace=1, n_shared_experts=1,
+)  # fmt: skip
+
+
+def make_glm():
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(GLM()).train()
+
+
+@pytest.mark.parametrize(
+    ("make", "router"),
+    [(functools.partial(test_models.make, "mixtral"), torch.bfloat16), (make_glm, torch.float32)],
+    ids=["mixtral", "glm4_moe"],
+)
+@pytest.mark.parametrize(
+    ("world", "parallel", "mixture"),
+    [
+        (1, ParallelConfig(), MixtureConfig(capacity=2.0)),
+        (2, ParallelConfig(inner=2, experts=2), MixtureConfig()),
+    ],
+    ids=["capacity", "shared"],
+)
+def test_mixtures_compute_in_bf16_and_their_routers_in_what_they_ask_for(make, router, world, parallel, mixture):
+    for seen in run_ranks(brief_step, world, make, parallel, mixture):
+        assert seen["router"] == router
+        assert seen["experts"] == seen["logits"] == torch.bfloat16
