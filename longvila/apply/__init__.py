@@ -100,6 +100,12 @@ def apply_folds(
     layers = keep_own_layers(cast(LongVilaModel, model), fold, parallel) if stages > 1 else []
     language_model.set_attn_implementation(ATTENTION)
     if recompute_keeps is not None:
+        count = language_model.config.get_text_config().num_hidden_layers
+        if recompute == "none" or not set(recompute_keeps) <= set(range(count)):
+            raise ConfigError(
+                f"recompute_keeps={sorted(recompute_keeps)} with recompute={recompute}; it numbers those of the "
+                f"model's {count} layers, from 0, whose attention a policy that keeps attention keeps"
+            )
         # Only then do layers need numbers; they would cost `torch.compile` a graph for each.
         for module in language_model.modules():
             if hasattr(module, "layer_idx"):

@@ -21,6 +21,9 @@ PROBE = "longvila_probe"
 TOKENS = 4
 FAR = 2**30
 """Tokens apart, as no context is long."""
+SAME = 0.01
+"""Of the largest number, by which queries and keys of equal tokens may differ: more than bf16 rounds, less than places
+tell apart."""
 LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
@@ -47,6 +50,11 @@ def check_language_model(language_model: PreTrainedModel, num_sequence: int) -> 
             f"row can be shared by 1 rank, not {num_sequence}"
         )
     seen = _try(language_model)
+    if seen.moved:
+        raise ConfigError(
+            f"{name} counts the positions of tokens itself and does not read position_ids, so that they would be wrong "
+            f"in every document but the first and on every rank but one; such a model cannot run under folds"
+        )
     if not seen.calls or seen.leaks:
         raise ConfigError(
             f"{name} mixes tokens outside of transformers' attention interface, where folds and documents do not "
@@ -69,22 +77,24 @@ def _moving_rope(config: Any) -> str | None:
 
 
 def _try(language_model: PreTrainedModel) -> SimpleNamespace:
-    """Runs the model once; what its attention was asked."""
-    seen = SimpleNamespace(calls=0, windows=0, windowed_masks=0, leaks=False)
+    """Runs the model on tokens that differ, then on equal ones at one position; what its attention was asked."""
+    seen = SimpleNamespace(calls=0, windows=0, windowed_masks=0, leaks=False, moved=False)
 
     class EachForItself:
         """A plan by which every token sees itself alone."""
 
         plan = SimpleNamespace(lengths=(FAR,))
 
-        def attend(self, q: Tensor, _k: Tensor, v: Tensor, _scale: float, mask: Any, _layer: int) -> Tensor:
+        def attend(self, q: Tensor, k: Tensor, v: Tensor, _scale: float, mask: Any, _layer: int) -> Tensor:
+            if equal:
+                seen.moved |= any(bool((x - x[:, :, :1]).abs().max() > SAME * x.abs().max()) for x in (q, k, v))
             seen.calls += 1
             seen.windows += mask.window is not None
             return v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
 
     def mask(*args: Any, mask_function: Any = None, **kwargs: Any) -> None:
         refuse_mask(*args, **kwargs)
-        if mask_function is not None:
+        if mask_function is not None and not equal:
             zero = torch.tensor(0)
             seen.windowed_masks += not mask_function(zero, zero, torch.tensor(FAR), zero)
 
@@ -93,13 +103,25 @@ def _try(language_model: PreTrainedModel) -> SimpleNamespace:
     language_model.set_attn_implementation(PROBE)
     weight: Any = language_model.get_input_embeddings().weight
     devices = [weight.device] if weight.is_cuda else []
+
+    def run(embeds: Tensor, positions: list[int]) -> Tensor:
+        return language_model(
+            inputs_embeds=embeds, position_ids=torch.tensor([positions], device=weight.device), use_cache=False,
+            plan=EachForItself(),
+        ).logits  # fmt: skip
+
+    modes = [(module, module.training) for module in language_model.modules()]
     with torch.random.fork_rng(devices), torch.enable_grad():  # a model that draws leaves a run's draws as they were
         embeds = torch.linspace(-1, 1, TOKENS * weight.shape[1], dtype=weight.dtype, device=weight.device)
         embeds = embeds.view(1, TOKENS, -1).requires_grad_()
-        logits = language_model(
-            inputs_embeds=embeds, position_ids=torch.arange(TOKENS, device=weight.device)[None],
-            use_cache=False, plan=EachForItself(),
-        ).logits  # fmt: skip
-        (grad,) = torch.autograd.grad(logits[0, -1].float().square().sum(), embeds)
+        equal = False
+        (grad,) = torch.autograd.grad(run(embeds, list(range(TOKENS)))[0, -1].float().square().sum(), embeds)
+        asked = seen.calls, seen.windows, seen.windowed_masks
+        equal = True
+        language_model.eval()  # dropout would part equal tokens
+        run(embeds[:, :1].detach().expand(-1, TOKENS, -1), [0] * TOKENS)
+    for module, mode in modes:
+        module.training = mode
+    seen.calls, seen.windows, seen.windowed_masks = asked
     seen.leaks = bool(grad[:, :-1].any())
     return seen

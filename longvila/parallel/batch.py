@@ -92,7 +92,7 @@ def _choose(lengths: tuple[int, ...], fold: Fold, attention: ModelAttention | No
     if attention is None:
         raise ConfigError("layout 'auto' needs the model's heads and masks: attention=attention_of(model)")
     shape = attention.shape.of_head_rank(fold.num_tensor)
-    choice = choose(lengths, fold.inner, fold.outer, fold.num_heads, shape, attention.masks)
+    choice = choose(lengths, fold.inner, fold.outer, fold.num_heads, shape, attention.masks, tensor=fold.num_tensor)
     if fold.sequence_rank == 0 and fold.data_rank == 0 and (choice.layout, choice.routing) not in _told:
         _told.add((choice.layout, choice.routing))
         log.info("layout auto: %s %s for a row like this one, %s", choice.layout, choice.routing, choice.reason)

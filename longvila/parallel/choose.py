@@ -97,17 +97,19 @@ def choose(
     shape: Shape,
     masks: tuple[Mask, ...] = (Mask(),),
     machine: Machine = Machine(),
+    tensor: int = 1,
 ) -> Choice:
     """The layout and routing with the least predicted time over layers of these masks; of equals, the fewest bytes.
 
     Args:
         shape: heads of the whole model, or of a rank of a tensor group.
+        tensor: ranks of such a group.
     """
     busiest = shape.of_head_rank(head)
     full = full_ring_bytes(sum(lengths), inner * outer, busiest) * len(masks)
     costs = []
     for layout, routing in CANDIDATES:
-        plan = make_plan(lengths, inner, outer, head, layout, routing)
+        plan = make_plan(lengths, inner, outer, head, layout, routing, tensor)
         of_mask = {mask: predict(plan, mask, busiest, machine) for mask in set(masks)}
         predictions = [of_mask[mask] for mask in masks]
         seconds, ideal = (sum(getattr(p, name) for p in predictions) for name in ("seconds", "ideal"))

@@ -14,6 +14,10 @@ SHAPE = {
 }  # fmt: skip
 SMALL = {key: value for key, value in SHAPE.items() if key != "head_dim"}
 SLIDING = ["sliding_attention", "full_attention"]
+BART = transformers.BartConfig(
+    vocab_size=50, d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48, attention_dropout=0.0,
+    is_decoder=True, pad_token_id=0,
+)  # fmt: skip
 
 
 def make(config):
@@ -39,6 +43,7 @@ def test_a_model_that_folds_carry_passes_and_is_left_as_it_was(config):
     check_language_model(model, 2)
     assert torch.equal(torch.get_rng_state(), draws)
     assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(module.training for module in model.modules())
 
 
 @pytest.mark.parametrize(
@@ -51,6 +56,7 @@ def test_a_model_that_folds_carry_passes_and_is_left_as_it_was(config):
         (transformers.Llama4TextConfig(**SHAPE, attention_chunk_size=6), r"layers of \['chunked_attention'\]"),
         (transformers.PhimoeConfig(**SMALL, sliding_window=6, num_local_experts=4), "a window in its mask"),
         (transformers.GPT2Config(n_embd=32, n_head=4, n_layer=2, vocab_size=50), "dropout 0.1; set attention_dropout"),
+        (BART, "BartForCausalLM counts the positions of tokens itself"),
     ],
     ids=lambda value: getattr(value, "model_type", "words"),
 )
