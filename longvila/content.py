@@ -142,7 +142,8 @@ def describe(annotation: Any) -> str:
 def _load_path(kind: Kind, path: Path) -> ModuleType:
     if not path.is_file():
         raise ConfigError(f"there is no file {path}; {NOUNS[kind]}s by name are: {', '.join(names(kind))}")
-    name = f"longvila_user_{kind}_{path.stem}"
+    importlib.import_module(f"{PACKAGE}.{kind}")
+    name = f"{PACKAGE}.{kind}.user_{path.stem}"  # a copy of a file finds the helpers beside it, as the file did
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None  # a .py file always has a loader
     assert spec.loader is not None

@@ -18,9 +18,8 @@ from longvila.config import Phase, SourceConfig, StageConfig
 def config(scale: str, models: Path) -> StageConfig:
     """Joint short and long supervised fine-tuning at `scale`."""
     short, long = (content.load("stages", name).config(scale, models) for name in ("3_short_sft", "5_long_sft"))
-    return replace(
-        long, name="joint_sft", phases=tuple(add(phase, *short.phases[0].data.sources) for phase in long.phases)
-    )
+    sources = {source.shards: source for phase in short.phases for source in phase.data.sources}
+    return replace(long, name="joint_sft", phases=tuple(add(phase, *sources.values()) for phase in long.phases))
 
 
 def add(phase: Phase, *sources: SourceConfig) -> Phase:

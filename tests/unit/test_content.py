@@ -47,6 +47,13 @@ def test_a_path_loads_a_file_from_anywhere(tmp_path: Path):
     assert list(content.entry("data", source(tmp_path / "mine.py"))()) == [1]
 
 
+def test_a_copy_of_a_file_finds_the_helpers_of_the_original(tmp_path: Path):
+    for name in content.names("stages"):
+        path = shutil.copy(content.folder("stages") / f"{name}.py", tmp_path / f"my-{name}.py")
+        copy, original = (content.entry("stages", each)("tiny", tmp_path) for each in (str(path), name))
+        assert copy == original
+
+
 def test_a_missing_path_is_refused_by_name(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"there is no file .*mine\.py; data sources by name are: .*folder"):
         content.load("data", str(tmp_path / "mine.py"))

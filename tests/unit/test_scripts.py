@@ -117,3 +117,19 @@ def test_demo_refuses_a_scale_it_cannot_run(checkout: Path):
     result = call(checkout, checkout / "scripts" / "demo.sh")
     assert result.returncode == 2
     assert result.stderr == "usage: scripts/demo.sh [--scale tiny|small]\n"
+
+
+def test_five_stages_that_are_told_to_stop_wait_until_the_run_has_saved(checkout: Path):
+    """A shell that is told to stop would leave its run behind, or end before it."""
+    program = checkout / "fake" / "python"
+    program.write_text(
+        "#!/usr/bin/env bash\ntrap 'sleep 0.5; echo saved; exit 3' TERM\necho started\nwhile :; do sleep 0.1; done\n"
+    )
+    environment = {"PATH": f"{checkout / 'fake'}:{os.environ['PATH']}"}
+    command = [str(checkout / "scripts" / "train_all.sh"), "--run", "r"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=checkout) as run:
+        assert run.stdout is not None
+        assert run.stdout.readline() == "started\n"
+        run.terminate()
+        assert run.stdout.read() == "saved\n"
+    assert run.returncode == 3

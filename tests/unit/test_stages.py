@@ -98,7 +98,9 @@ def test_joint_sft_is_long_sft_with_the_short_sources_added():
         for mixed, alone in zip(joint.phases, long.phases, strict=True):
             names, before = ([source.shards for source in phase.data.sources] for phase in (mixed, alone))
             assert names[: len(before)] == before
-            assert set(names) == {*before, *(source.shards for source in short.phases[0].data.sources)}
+            added = {source.shards for each in short.phases for source in each.data.sources}
+            assert set(names) == {*before, *added}
+            assert len(names) == len(set(names))
             assert len(set(names)) == len(names)
         assert replace(joint, name=long.name, phases=long.phases) == long
 
