@@ -286,7 +286,7 @@ def make_fold(parallel: ParallelConfig, device_type: str) -> Fold:
     inner, inner_returns = context, returns
     if parallel.outer > 1:
         inner, inner_returns = _my_group(groups["ring"]), _my_group(groups["ring"])
-    _open([sequence, context, returns, inner, inner_returns], device_type)
+    _open([sequence, context, returns, inner, inner_returns, mesh.get_group(PIPELINE)], device_type)
     experts = None
     if (shared := parallel.experts * parallel.expert_tensor) > 1:
         sizes = (world // shared, parallel.experts, parallel.expert_tensor)

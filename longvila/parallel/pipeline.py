@@ -100,13 +100,13 @@ class Pipeline:
         )  # fmt: skip
 
 
-def check_rows(rows: int, stages: int) -> None:
+def check_rows(rows: int, stages: int, field: str = "rows_per_step") -> None:
     """Raises ConfigError for a number of rows that torch's schedules have no order for."""
     rounds = max(1, rows // stages)
     if rows % rounds:
         raise ConfigError(
             f"{rows} rows of a step cannot follow one another through parallel.pipeline={stages} stages in {rounds} "
-            f"equal rounds; make rows_per_step a multiple of {stages}"
+            f"equal rounds; make {field} a multiple of {stages}"
         )
 
 

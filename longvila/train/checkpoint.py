@@ -57,6 +57,8 @@ class Position:
 
     step: int = 0
     cursor: Cursor = field(default_factory=Cursor)
+    num_data: int | None = None
+    """Data ranks that read it."""
 
     @staticmethod
     def from_json(fields: dict[str, Any]) -> Position:
@@ -66,7 +68,8 @@ class Position:
                 "the checkpoint is of an earlier version, which kept no place in the data; start the stage again"
             )
         cursor = fields["cursor"]
-        return Position(fields["step"], Cursor(**{**cursor, "sources": tuple(cursor["sources"])}))
+        cursor = Cursor(**{**cursor, "sources": tuple(cursor["sources"])})
+        return Position(fields["step"], cursor, fields.get("num_data"))
 
 
 class Checkpoints:

@@ -87,12 +87,17 @@ def deepspeed_config(config: StageConfig, world: int) -> dict[str, Any]:
             f'{config.deepspeed_json} contradicts the configuration: {"; ".join(wrong)}; set these to "auto", leave '
             f"them out, or change the configuration"
         )
-    if file.get("zero_optimization", {}).get("offload_optimizer", {}).get("device") == "nvme":
-        raise ConfigError(f"{config.deepspeed_json}: optimizer states on nvme cannot be saved; offload them to the cpu")
+    zero = file.get("zero_optimization", {})
+    if on_disk := [name for name in ("offload_optimizer", "offload_param") if _device(zero, name) == "nvme"]:
+        raise ConfigError(f"{config.deepspeed_json}: {on_disk[0]} on nvme cannot be saved; offload it to the cpu")
     if bf16:
         decided |= {"communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}}
     rest = _without_auto({name: value for name, value in file.items() if name not in ("optimizer", "scheduler")})
     return _merged(rest, decided)
+
+
+def _device(zero: dict[str, Any], what: str) -> Any:
+    return (zero.get(what) or {}).get("device")
 
 
 class DeepSpeedEngine:

@@ -107,6 +107,8 @@ class FSDP2Engine:
             make_optimizer(model, config.optimizer)  # says what is wrong with its groups while the model is whole
             for phase in config.phases:
                 check_rows(phase.rows_per_step, fold.num_stages)
+            if config.validation:
+                check_rows(config.validation.rows, fold.num_stages, "validation.rows")
         self.routers, self.pipeline = apply_folds(
             model, fold, config.precision, config.recompute, config.recompute_keeps, config.sharding,
             config.tile_tokens, config.mixture, config.parallel,
@@ -167,6 +169,9 @@ class FSDP2Engine:
         return from_stages(((name, whole(gradient)) for name, gradient in found), self._fold)
 
     def shares(self) -> Iterator[tuple[str, Tensor]]:
+        for module in self.model.modules():  # what a forward gathered, a backward spreads again; validation has none
+            if isinstance(module, FSDPModule):
+                module.reshard()
         for name, parameter in self.model.named_parameters():
             yield name, parameter.to_local() if isinstance(parameter, DTensor) else parameter
 

@@ -90,6 +90,7 @@ def find_source(folder: Path) -> Source:
     Raises:
         ConfigError: nothing is.
     """
+    folder = folder.resolve()  # its parents are asked for
     if (folder / "checkpoint.json").is_file():
         if fault := find_fault(folder):
             raise ConfigError(f"{folder}: {fault}; export another checkpoint of the stage")

@@ -72,6 +72,7 @@ class RowFeed:
                 assert row is not None, "only a row of this group can have failed"
                 reason = dict(row.failed).get(document, "another rank of its sequence group could not decode it")
                 self._dropped[row.keys[document]] = reason
+                self.bad.listed.setdefault(row.keys[document], reason)  # named now, though counted at the next step
         kept = tuple(
             self._without(row, gone) if row else self._empty_row()
             for row, gone in zip(rows, agreement.dropped, strict=True)

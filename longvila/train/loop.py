@@ -44,7 +44,7 @@ from longvila.train.metrics import Metrics, peak_memory, read_jsonl
 from longvila.train.optimizer import add_lora, choose_trained, freeze, learning_rate, phase_at
 from longvila.train.profiler import StepProfiler
 from longvila.train.step import TrainingState, sum_of_losses, take_step
-from longvila.train.summary import write_summary
+from longvila.train.summary import count_parameters, write_summary
 
 log = logging.getLogger(__name__)
 
@@ -159,20 +159,20 @@ def prepare(model: LongVilaModel, config: StageConfig) -> Callable[[], object]:
 
 def _start(config: StageConfig, run: Path, fold: Fold, device: torch.device) -> TrainingState:
     model, tokenizer = load_start(config, run)
-    check_context(model.language_model.config.max_position_embeddings, config.phases)
+    check_context(model.language_model.config.max_position_embeddings, config)
     prepare(model, config)
     model.to(device)  # type: ignore[arg-type]
     model.train()
+    parameters = count_parameters(model)  # while it is whole
     if dist.get_rank() == 0:
-        log.info("%s trains %s", config.name, describe_parameters(model))
-        sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
-        total, trained = sum(size for size, _ in sizes), sum(size for size, moves in sizes if moves)
+        log.info("%s trains %s", config.name, {part: str(count) for part, count in parameters.items()})
+        total, trained = (sum(each) for each in zip(*parameters.values(), strict=True))
         node = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
         if warning := experts_between_nodes(config.parallel, dist.get_world_size(), node):
             log.warning(warning)
         log.info("\n".join(memory_table(total, trained, dist.get_world_size(), sharding_of(config), config.precision)))
-    flops = count_flops(model)  # while it is whole
-    return TrainingState(config, fold, device, make_engine(model, fold, config), tokenizer, flops)
+    flops = count_flops(model)
+    return TrainingState(config, fold, device, make_engine(model, fold, config), tokenizer, flops, parameters)
 
 
 def _run_steps(state: TrainingState, folder: Path, data: Path, profile: tuple[int, int] | None) -> None:
@@ -181,9 +181,18 @@ def _run_steps(state: TrainingState, folder: Path, data: Path, profile: tuple[in
     position = resume(state.engine, checkpoints)
     if position.step:
         log.info("%s continues at step %d", config.name, position.step)
+    if position.num_data not in (None, state.fold.num_data) and dist.get_rank() == 0:
+        log.warning(
+            "a step reads its rows on each of %d data ranks, and did on %d before: it has %g times as many now; keep "
+            "phases.N.rows_per_step x data ranks, or choose other learning rates",
+            state.fold.num_data, position.num_data, state.fold.num_data / position.num_data,
+        )  # fmt: skip
+    if config.validation:
+        make_loader(state, config.validation.data, data)  # says now, and not after the first steps, what is missing
     feed: RowFeed | None = None
     watch = LossWatch()
     bad = folder / f"bad-{state.fold.data_rank}.jsonl"
+    listed = {line["key"] for line in read_jsonl(bad)}
     stop, first_rank = StopSignal(), dist.get_rank() == 0
     peak = (config.peak_flops or peak_flops(state.device, config.precision) or 0.0) * dist.get_world_size()
     with (
@@ -207,7 +216,7 @@ def _run_steps(state: TrainingState, folder: Path, data: Path, profile: tuple[in
                 batch = feed.next_step()
             finally:
                 if state.fold.sequence_rank == state.fold.stage_number == 0:
-                    list_bad(bad, feed.bad)
+                    list_bad(bad, feed.bad, listed)
             rate = learning_rate(phase, step_of_phase)
             figures = take_step(state, batch, rate)
             figures |= {"seconds": time.time() - started, "memory": max_over_world(peak_memory(state.device))}
@@ -223,7 +232,7 @@ def _run_steps(state: TrainingState, folder: Path, data: Path, profile: tuple[in
             stopped = any_rank(stop.requested)
             due = config.checkpoint_every and done % config.checkpoint_every == 0
             if done < config.steps and (due or stopped):
-                checkpoints.save(state.engine.state(), Position(done, feed.cursor), config)
+                checkpoints.save(state.engine.state(), Position(done, feed.cursor, state.fold.num_data), config)
             if done < config.steps and stopped:
                 checkpoints.close()
                 raise LongvilaError(
@@ -288,12 +297,12 @@ def validate(state: TrainingState, validation: ValidationConfig, root: Path) -> 
     return loss / batch.num_targets
 
 
-def list_bad(path: Path, bad: BadSamples) -> None:
-    """Writes the unusable samples of the current phase that `path` does not list yet, one JSON object a line."""
-    known = {line["key"] for line in read_jsonl(path)} if bad.listed else set()
-    if new := [{"key": key, "reason": reason} for key, reason in bad.listed.items() if key not in known]:
+def list_bad(path: Path, bad: BadSamples, listed: set[str]) -> None:
+    """Writes the unusable samples whose keys are not `listed` yet, one JSON object a line, and lists them."""
+    if new := {key: reason for key, reason in bad.listed.items() if key not in listed}:
         with path.open("a") as file:
-            file.writelines(json.dumps(line) + "\n" for line in new)
+            file.writelines(json.dumps({"key": key, "reason": reason}) + "\n" for key, reason in new.items())
+        listed.update(new)
 
 
 def make_loader(state: TrainingState, data: DataConfig, root: Path) -> RowLoader:
@@ -315,15 +324,22 @@ def enter_phase(model: LongVilaModel, phases: Sequence[Phase]) -> None:
         extend_context(model.language_model, raising[-1].rope_theta, raising[-1].data.row_tokens)
 
 
-def check_context(context: int, phases: Sequence[Phase]) -> None:
+def check_context(context: int, config: StageConfig) -> None:
     """Raises ConfigError where rows may hold a document longer than the model's context, `context` tokens at first."""
-    for phase in phases:
+    validated = phase_at(config, min(config.validation.every, config.steps) - 1)[0] if config.validation else None
+    for index, phase in enumerate(config.phases):
         if phase.rope_theta is not None:
             context = max(context, phase.data.row_tokens)
         if phase.data.row_tokens > context:
             raise ConfigError(
                 f"phase {phase.name} has rows of {phase.data.row_tokens} tokens, but the model's context is {context}; "
                 f"give shorter rows (data.row_tokens), or raise the RoPE base there (rope_theta)"
+            )
+        if config.validation and index == validated and config.validation.data.row_tokens > context:
+            raise ConfigError(
+                f"validation has rows of {config.validation.data.row_tokens} tokens, but the model's context is "
+                f"{context} when it is first done, in phase {phase.name}; give shorter rows "
+                f"(validation.data.row_tokens)"
             )
 
 
@@ -349,7 +365,7 @@ def _finish(state: TrainingState, run: Path, moved: dict[str, bool], seconds: fl
     weights = state.engine.weights()
     if dist.get_rank() == 0:
         model, tokenizer = assemble(config, run, weights, config.phases)
-        write_summary(folder, config, state.model, moved, seconds)
+        write_summary(folder, config, state.parameters, moved, seconds)
         save_model(model, tokenizer, folder / "model")
     barrier()
 
@@ -361,13 +377,3 @@ def part_checksums(engine: Engine) -> dict[str, int]:
         part, raw = name.partition(".")[0], share.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         sums[part] = zlib.crc32(raw.tobytes(), sums[part])
     return sums
-
-
-def describe_parameters(model: LongVilaModel) -> dict[str, str]:
-    """`{"projector": "12,345 of 12,345", ...}`: trained parameters of each part."""
-    counts = {}
-    for part in PARTS:
-        parameters = list(getattr(model, part).parameters())
-        trained = sum(p.numel() for p in parameters if p.requires_grad)
-        counts[part] = f"{trained:,} of {sum(p.numel() for p in parameters):,}"
-    return counts

@@ -41,8 +41,10 @@ class Metrics:
             return self
         path = self._folder / "metrics.jsonl"
         kept = [line for line in read_jsonl(path) if line["step"] <= self._first]
-        self._file = path.open("w")
-        self._file.writelines(json.dumps(line) + "\n" for line in kept)
+        new = path.with_suffix(".new")
+        new.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        new.replace(path)
+        self._file = path.open("a")
         self._writer = SummaryWriter(str(self._folder / "tensorboard"), purge_step=self._first + 1)
         self._progress = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"),

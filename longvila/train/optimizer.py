@@ -88,7 +88,12 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig, part: bool = False
     Raises:
         ConfigError: for a group without a parameter, or a trained parameter without a group.
     """
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    undecayed = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    for module in model.modules():
+        # Towers of open_clip and timm tell what does not decay: places, and tokens of their own.
+        told: Callable[[], set[str]] = getattr(module, "no_weight_decay", set)
+        parameters = dict(module.named_parameters())
+        undecayed |= {id(parameters[name]) for name in told() if name in parameters}
     members: list[dict[float, list[nn.Parameter]]] = [{} for _ in config.groups]
     names = []
     for name, parameter in model.named_parameters():
@@ -103,7 +108,7 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig, part: bool = False
             )
         decay = config.groups[index].weight_decay
         if decay is None:
-            decay = 0.0 if parameter.ndim < 2 or id(parameter) in embeddings else config.weight_decay
+            decay = 0.0 if parameter.ndim < 2 or id(parameter) in undecayed else config.weight_decay
         members[index].setdefault(decay, []).append(parameter)
     groups = []
     for group, by_decay in zip(config.groups, members, strict=True):

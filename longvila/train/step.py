@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from longvila.shards.rows import Row
 from longvila.train.engine import Engine
 from longvila.train.feed import Step
 from longvila.train.flops import ModelFlops
+from longvila.train.summary import Count
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,8 @@ class TrainingState:
     tokenizer: PreTrainedTokenizerBase
     flops: ModelFlops
     """What a row costs, to tell how well the devices are used."""
+    parameters: dict[str, Count] = field(default_factory=dict)
+    """Of each part of the whole model; a pipeline's stage has less."""
     skipped_in_a_row: int = 0
 
     @property

@@ -72,7 +72,10 @@ def read_with_a_failure(failing_rank):
     loader = RowList([row, row])
     feed = RowFeed(loader, fold, rows_per_step=1)
     step = feed.next_step()
+    named = dict(loader.bad.listed)  # at once: there may be no other step
     feed.next_step()
+    assert loader.bad.listed == named
+    assert loader.bad.count == 1
     labels = step.rows[0].labels.split(list(row.lengths))
     kept = [int((one != IGNORE).sum()) for one in labels]
     before = [int((one != IGNORE).sum()) for one in row.labels.split(list(row.lengths))]

@@ -225,6 +225,20 @@ def validate_rows(engine="fsdp2", dtype=torch.float64):
     return [*losses, loop.validate(state, validation, Path())], untouched
 
 
+def validate_and_look():
+    """Checksums of this rank's shares before and after validation, of weights that stay gathered until a backward."""
+    state = make_state(ParallelConfig(inner=2), sharding=ShardingConfig(parameters="none"))
+    loop.make_loader = lambda state, data, root: RowList(make_rows(state.fold, range(20, 24)))
+    before = part_checksums(state.engine)
+    loop.validate(state, ValidationConfig(DataConfig(()), rows=4), Path())
+    return before, part_checksums(state.engine)
+
+
+def test_weights_that_validation_gathered_have_not_moved():
+    for before, after in run_ranks(validate_and_look, 2):
+        assert before == after
+
+
 @pytest.mark.parametrize("world", [2, 4])
 def test_validation_is_the_loss_of_one_process_and_moves_nothing(world):
     rows = [make_row(DOCUMENTS[i % 4], 4, 32, seed=i) for i in range(20, 24)]
@@ -248,6 +262,14 @@ def test_rows_longer_than_the_context_are_refused_unless_a_phase_extends_it():
     def phase(name, tokens, theta=None):
         return Phase(name, 1, DataConfig((), row_tokens=tokens), 1e-3, rope_theta=theta)
 
-    check_context(4096, [phase("a", 4096), phase("b", 8192, 5e5), phase("c", 8192)])
+    def stage(*phases, validated=None):
+        every = ValidationConfig(DataConfig((), row_tokens=8192), every=validated) if validated else None
+        return make_config(ParallelConfig(), phases=phases, validation=every)
+
+    long = phase("a", 4096), phase("b", 8192, 5e5), phase("c", 8192)
+    check_context(4096, stage(*long))
     with pytest.raises(ConfigError, match="phase c has rows of 16384 tokens, but the model's context is 8192"):
-        check_context(4096, [phase("a", 4096), phase("b", 8192, 5e5), phase("c", 16384)])
+        check_context(4096, stage(*long[:2], phase("c", 16384)))
+    check_context(4096, stage(*long, validated=2))
+    with pytest.raises(ConfigError, match=r"validation has rows of 8192 tokens, .* context is 4096 .* in phase a"):
+        check_context(4096, stage(*long, validated=1))

@@ -23,7 +23,7 @@ from longvila.model.rope import extend_context
 from longvila.parallel.launch import run_ranks
 from longvila.shards.order import Cursor
 from longvila.train.checkpoint import Checkpoints, Position
-from longvila.train.export import export
+from longvila.train.export import export, find_source
 from longvila.train.loop import load_start, prepare
 
 from .model_parts import llama, model_config, qwen3, random_frames
@@ -250,6 +250,13 @@ def test_a_folder_without_anything_to_export_is_refused_by_name(tmp_path):
     make_stage(tmp_path)
     with pytest.raises(ConfigError, match="neither a final model nor a checkpoint"):
         export(tmp_path / "tune", tmp_path / "out")
+
+
+def test_a_folder_is_found_from_inside_it(tmp_path, monkeypatch):
+    config = make_stage(tmp_path)
+    make_checkpoint(config, tmp_path, 2)
+    monkeypatch.chdir(tmp_path / "tune")
+    assert find_source(Path()) == find_source(tmp_path / "tune")
 
 
 def test_a_damaged_checkpoint_is_not_exported(tmp_path):

@@ -90,9 +90,10 @@ def test_what_zero_cannot_do_is_refused(tmp_path):
         deepspeed_config(replace(CONFIG, parallel=ParallelConfig(experts=2)), 2)
     with pytest.raises(ConfigError, match="mixture"):
         deepspeed_config(replace(CONFIG, mixture=MixtureConfig(balance=0.1)), 2)
-    nvme = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}
-    with pytest.raises(ConfigError, match="nvme"):
-        merged(tmp_path, nvme)
+    for what in ("offload_optimizer", "offload_param"):
+        nvme = {"zero_optimization": {"stage": 3, "offload_param": None, what: {"device": "nvme"}}}
+        with pytest.raises(ConfigError, match=f"{what} on nvme"):
+            merged(tmp_path, nvme, engine="zero3")
 
 
 def test_the_weight_decay_of_a_file_is_compared(tmp_path):

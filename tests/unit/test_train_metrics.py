@@ -122,3 +122,17 @@ def test_without_the_switch_or_on_other_ranks_nothing_is_written(tmp_path, steps
 def test_steps_that_are_not_left_are_refused(tmp_path, steps):
     with pytest.raises(ConfigError, match="within the steps that are left, 3:5"):
         StepProfiler(tmp_path, steps, 2, 5, active=False)
+
+
+def test_the_metrics_of_before_survive_a_disk_that_is_full_when_a_run_goes_on(tmp_path, monkeypatch):
+    with Metrics(tmp_path, "tune", 10, 0, None, active=True) as metrics:
+        metrics.record(1, FIGURES)
+    before = (tmp_path / "metrics.jsonl").read_text()
+
+    def full(*_args: object, **_options: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_text", full)
+    with pytest.raises(OSError, match="No space"):
+        Metrics(tmp_path, "tune", 10, 1, None, active=True).__enter__()
+    assert (tmp_path / "metrics.jsonl").read_text() == before

@@ -33,6 +33,7 @@ def test_matrices_decay_and_norms_biases_and_embeddings_do_not(model):
         ("norm.weight", 0),
         ("bias", 0),
         ("embed_tokens", 0),
+        ("positional_embedding", 0),
     ]:
         found = {name: value for name, value in decays.items() if kind in name}
         assert found, kind
