@@ -181,12 +181,8 @@ def _run_steps(state: TrainingState, folder: Path, data: Path, profile: tuple[in
     position = resume(state.engine, checkpoints)
     if position.step:
         log.info("%s continues at step %d", config.name, position.step)
-    if position.num_data not in (None, state.fold.num_data) and dist.get_rank() == 0:
-        log.warning(
-            "a step reads its rows on each of %d data ranks, and did on %d before: it has %g times as many now; keep "
-            "phases.N.rows_per_step x data ranks, or choose other learning rates",
-            state.fold.num_data, position.num_data, state.fold.num_data / position.num_data,
-        )  # fmt: skip
+    if (warning := other_batch(position, state.fold.num_data)) and dist.get_rank() == 0:
+        log.warning(warning)
     if config.validation:
         make_loader(state, config.validation.data, data)  # says now, and not after the first steps, what is missing
     feed: RowFeed | None = None
@@ -250,6 +246,17 @@ def resume(engine: Engine, checkpoints: Checkpoints) -> Position:
     assert position is not None, "there was a checkpoint"
     engine.load_state(state)
     return position
+
+
+def other_batch(position: Position, num_data: int) -> str | None:
+    """What it means that other data ranks read the steps before; None where as many did."""
+    before = position.num_data or num_data
+    if before == num_data:
+        return None
+    return (
+        f"each of {num_data} data ranks reads the rows of a step, where {before} did before: a step has "
+        f"{num_data / before:g} times as many; keep rows_per_step x data ranks as it was, or learning rates do not fit"
+    )
 
 
 def _rehearse(state: TrainingState, folder: Path, root: Path) -> None:

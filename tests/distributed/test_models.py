@@ -233,6 +233,12 @@ def test_unknown_policies_are_refused():
         checkpoint_arguments("all", (1,))
 
 
+@pytest.mark.parametrize(("policy", "keeps"), [("none", (1,)), ("save_attention", (0, 3))])
+def test_layers_to_keep_that_say_nothing_are_refused(policy, keeps):
+    with pytest.raises(RankError, match=rf"recompute_keeps=.* with recompute={policy}; .* the model's 3 layers"):
+        run_ranks(errors, 1, "qwen3", ParallelConfig(), policy, keeps)
+
+
 def compiled_errors(parallel):
     """Differences between compiled and plain layers, and graphs made so far: rows of one length, other documents."""
     fold = make_fold(parallel, "cpu")

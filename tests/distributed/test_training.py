@@ -26,9 +26,10 @@ from longvila.errors import ConfigError
 from longvila.parallel.launch import RankError, run_ranks
 from longvila.train import loop
 from longvila.train import step as step_module
+from longvila.train.checkpoint import Position
 from longvila.train.feed import IGNORE, Step
 from longvila.train.gradients import make_model, make_row, reference
-from longvila.train.loop import check_context, claim_folder, part_checksums
+from longvila.train.loop import check_context, claim_folder, other_batch, part_checksums
 from longvila.train.step import take_step
 
 from .training_parts import RowList, whole_weights
@@ -256,6 +257,14 @@ def test_validation_is_the_same_under_deepspeed(engine):
     (found, untouched), _ = run_ranks(validate_rows, 2, engine, torch.float32)
     assert found == pytest.approx(expected, rel=1e-5)
     assert untouched
+
+
+def test_steps_of_other_numbers_of_rows_are_warned_about():
+    assert other_batch(Position(3), 4) is None
+    assert other_batch(Position(3, num_data=4), 4) is None
+    assert "2 data ranks reads the rows of a step, where 4 did before: a step has 0.5 times" in other_batch(
+        Position(3, num_data=4), 2
+    )
 
 
 def test_rows_longer_than_the_context_are_refused_unless_a_phase_extends_it():

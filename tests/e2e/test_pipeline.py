@@ -108,6 +108,7 @@ def test_a_pipeline_of_stages_trains_the_same_weights(trained):
     run("train", path, "--run", trained, ranks=2)
     summary = json.loads((trained / "piped" / "summary.json").read_text())
     assert summary["parts_moved"] == {"vision": False, "projector": True, "language_model": False}
+    assert summary["parameters"] == json.loads((trained / "align" / "summary.json").read_text())["parameters"]
     whole, piped = ([json.loads(line) for line in (trained / name / "metrics.jsonl").read_text().splitlines()]
                     for name in ("align", "piped"))  # fmt: skip
     for name in ("tokens", "frames", "target_tokens", "flops"):
