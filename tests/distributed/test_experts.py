@@ -386,9 +386,7 @@ def make_glm():
 
 
 @pytest.mark.parametrize(
-    ("make", "router"),
-    [(functools.partial(test_models.make, "mixtral"), torch.bfloat16), (make_glm, torch.float32)],
-    ids=["mixtral", "glm4_moe"],
+    "make", [functools.partial(test_models.make, "mixtral"), make_glm], ids=["mixtral", "glm4_moe"]
 )
 @pytest.mark.parametrize(
     ("world", "parallel", "mixture"),
@@ -398,7 +396,10 @@ def make_glm():
     ],
     ids=["capacity", "shared"],
 )
-def test_mixtures_compute_in_bf16_and_their_routers_in_what_they_ask_for(make, router, world, parallel, mixture):
+def test_mixtures_compute_in_bf16_and_their_routers_in_what_they_ask_for(make, world, parallel, mixture):
+    # transformers 5.17 keeps the bias of GLM 4's routers in fp32, 5.24 their weights too.
+    keeps = make()._keep_in_fp32_modules_strict or ()
+    router = torch.float32 if "gate.weight" in keeps else torch.bfloat16
     for seen in run_ranks(brief_step, world, make, parallel, mixture):
         assert seen["router"] == router
         assert seen["experts"] == seen["logits"] == torch.bfloat16
