@@ -338,8 +338,8 @@ def _add(totals: tuple[Tensor, ...], parts: tuple[Tensor, ...]) -> None:
 
 
 def _merge(totals: tuple[Tensor, ...], parts: tuple[Tensor, ...]) -> None:
-    """Merges a partial softmax (out, lse), in place: each side is weighted by exp(its lse - the joint lse)."""
+    """Merges a partial softmax (out, lse), in place: each side is weighted by exp(its lse - the joint lse), of which
+    the block's is sigmoid(its lse - the other's), and the other's is what that leaves of 1."""
     (out, lse), (block_out, block_lse) = totals, parts
-    joint = torch.logaddexp(lse, block_lse)
-    out.mul_((lse - joint).exp().unsqueeze(-1)).add_(block_out * (block_lse - joint).exp().unsqueeze(-1))
-    lse.copy_(joint)
+    out.lerp_(block_out.to(out.dtype), (block_lse - lse).sigmoid().unsqueeze(-1))
+    torch.logaddexp(lse, block_lse, out=lse)
