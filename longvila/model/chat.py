@@ -173,7 +173,8 @@ def _answer_spans(tokenizer: PreTrainedTokenizerBase, messages: Messages, text: 
 def _opening(tokenizer: PreTrainedTokenizerBase, message: Mapping[str, Any]) -> str:
     """What the template puts before the content of a first message. (Templates refuse a conversation of no message.)"""
     one, other = (_render(tokenizer, [{**message, "content": content}]) for content in "01")
-    return one[: next((place for place, pair in enumerate(zip(one, other, strict=False)) if len(set(pair)) > 1), None)]
+    same = next((place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(one))
+    return one[:same]
 
 
 def _expand(

@@ -149,8 +149,8 @@ class _Pack:
             self.report.bad |= line["bad"]
             self._digests |= line["digests"]
         if self._expected:
-            shards = [line["shard"] for line in self._expected]
-            self.report = PackReport(**self._expected[-1]["report"], bad=self.report.bad, shards=shards)
+            lists = {"bad": self.report.bad, "shards": [line["shard"] for line in self._expected]}
+            self.report = PackReport(**{**self._expected[-1]["report"], **lists})
         self._keys = set(self._digests.values())
         finished = {line["shard"] for line in self._expected}
         for path in self.folder.glob("shard-*"):
