@@ -7,6 +7,7 @@ import functools
 import logging
 import multiprocessing
 import signal
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -113,4 +114,7 @@ def _prepare() -> None:
 
 def _stop(pool: ProcessPool) -> None:
     pool.stop()
-    pool.join()
+    if threading.current_thread() is threading.main_thread():
+        pool.join()
+    else:  # the garbage collector runs where it likes: maybe in a thread of the pool, which cannot wait for its own end
+        threading.Thread(target=pool.join).start()

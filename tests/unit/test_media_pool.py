@@ -13,6 +13,7 @@ import torch
 
 from longvila.errors import MediaError
 from longvila.media import WHOLE, Decoder, FileRange, decode_frames, empty_frames
+from longvila.media.pool import Processes, _stop
 
 from .video_fixtures import make_image, make_video, read_number
 
@@ -103,3 +104,24 @@ def test_processes_end_with_their_decoder(film):
     while set(decoding_processes()) - others and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not set(decoding_processes()) - others
+
+
+def test_processes_end_wherever_the_garbage_collector_finds_them_unused():
+    """Also in a thread of the pool, which cannot wait for its own end."""
+    before = set(decoding_processes())
+    processes = Processes(1, None)
+    assert processes.start("name", os.getpid)() in set(decoding_processes()) - before
+    pool, outcome = processes._pool, []
+
+    def collect(_: object) -> None:
+        try:
+            outcome.append(_stop(pool))
+        except RuntimeError as error:
+            outcome.append(error)
+
+    pool.schedule(os.getpid).add_done_callback(collect)
+    deadline = time.monotonic() + 20
+    while (not outcome or set(decoding_processes()) - before) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert outcome == [None]
+    assert set(decoding_processes()) <= before
