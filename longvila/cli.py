@@ -145,6 +145,8 @@ def pack(
     function = content.entry("data", source, "evaluation" if evaluation else None)
     values = content.options(function, option or [])
     if evaluation:
+        if (samples_per_shard, workers, height, fps, key_frames) != (500, None, None, None, None):
+            raise ConfigError("--evaluation writes no shards; leave out what says how to write them")
         function(out, **values)
         output.print(f"evaluation files of '{source}' written to {out}")
         return
@@ -191,7 +193,7 @@ def show(
     folder: Annotated[Path, typer.Argument(help="A folder of shards.")],
     model: Annotated[str, typer.Option(help="A language model or a finished stage, for its tokenizer.")],
     out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("sheet.html"),
-    rows: Annotated[int, typer.Option(help="Rows to show.")] = 4,
+    rows: Annotated[int, typer.Option(min=1, help="Rows to show.")] = 4,
     row_tokens: Annotated[int, typer.Option(help="Tokens of a row.")] = 4096,
     tokens_per_frame: Annotated[int, typer.Option(help="What the model makes of one frame.")] = 196,
     image_size: Annotated[int, typer.Option(help="Height and width of the frames.")] = 384,

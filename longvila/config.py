@@ -333,7 +333,12 @@ def override(config: Any, assignment: str) -> Any:
         if isinstance(node, (list, tuple)) or leaf not in node:
             raise KeyError(leaf)
     except (KeyError, IndexError, ValueError, TypeError):
-        known = ", ".join(node) if isinstance(node, dict) else f"indices 0 to {len(node) - 1}"
+        if isinstance(node, dict):
+            known = ", ".join(node)
+        elif isinstance(node, (list, tuple)):
+            known = f"indices 0 to {len(node) - 1}"
+        else:
+            known = f"nothing below {node!r}; set the whole field, as in lora='{{\"rank\": 8}}'"
         raise ConfigError(f"override '{name}': no such field; there is: {known}") from None
     try:
         node[leaf] = json.loads(text)

@@ -22,7 +22,8 @@ fi
 splits="images=10000 short=3000 medium=500 long=80 text=2000 long_text=200"
 
 scripts/setup.sh
-export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS=1 NPROC=2
+# Two ranks on the CPU, also where there is a GPU, which they could not share.
+export PATH="$PWD/.venv/bin:$PATH" OMP_NUM_THREADS=1 NPROC=2 CUDA_VISIBLE_DEVICES=
 mkdir -p "$run/steps"
 
 # Runs a command once, and notes the seconds it took whether it succeeds or not.

@@ -39,6 +39,8 @@ HANG = 25.0
 """`rank_timeout` of runs with a rank that hangs; it must suffice for one rank to start up later than the other."""
 LIMIT = 900.0
 """Seconds after which a command counts as hanging, and is ended; many, for machines that do other work beside."""
+NEVER = -1000
+"""The status of such a command; no signal's."""
 MARK = "LONGVILA_FAULT"
 """A variable in the environment of a command's processes, by which those it leaves behind are found."""
 
@@ -253,6 +255,8 @@ class Bench:
         """What the ranks that are left said, and how many seconds after the fault the last of them did."""
         if broken.status == 0:
             wrong.append("the command did not fail")
+        if broken.status == NEVER:
+            wrong.append(f"the command was not over after {LIMIT:g} s")
         if broken.left_over:
             wrong.append(f"{broken.left_over} processes left over")
         if broken.find("Traceback"):
@@ -343,7 +347,7 @@ class Bench:
 def _watch(command: Sequence[str]) -> Outcome:
     """Runs a command to its end, and notes when it said what and which of its processes stay."""
     mark = uuid.uuid4().hex
-    environment = {**os.environ, MARK: mark, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, MARK: mark, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment
     )
@@ -356,7 +360,7 @@ def _watch(command: Sequence[str]) -> Outcome:
     try:
         status = process.wait(LIMIT)
     except subprocess.TimeoutExpired:
-        status = -1
+        status = NEVER
         lines.append((time.time(), f"not over after {LIMIT:g} s"))
     left = _processes(mark)
     for number in left:
@@ -364,7 +368,7 @@ def _watch(command: Sequence[str]) -> Outcome:
     process.wait()
     reader.join()
     stream.close()
-    return Outcome(status, lines, len(left) if status != -1 else 0)
+    return Outcome(status, lines, len(left) if status != NEVER else 0)
 
 
 def _processes(mark: str) -> list[int]:

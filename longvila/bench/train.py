@@ -186,7 +186,8 @@ def measure_film() -> dict[str, Any]:
 
 
 def engine_bars(rows: Rows) -> list[dict[str, Any]]:
-    """Of every engine the worst error; no figure where one could not run. Halved gradients must fail the bounds."""
+    """Of every engine the worst error, no figure where one could not run; and how many keep all bounds, fp64's and the
+    weights' too. Halved gradients must fail them."""
     right, halved = ([row for row in rows if row["gradients"] == kind] for kind in ("right", "halved"))
     bars = []
     for name, key, bound in (
@@ -195,6 +196,7 @@ def engine_bars(rows: Rows) -> list[dict[str, Any]]:
     ):
         errors = [row[key] for row in right]
         bars.append(at_most(name, None if None in errors else max(errors), bound))
+    bars.append(at_least("engines_within_bounds", sum(bool(row["within"]) for row in right), len(right)))
     caught = int(bool(halved) and not any(row["within"] for row in halved))
     return [*bars, at_least("halved_gradients_caught", caught, 1)]
 

@@ -138,11 +138,12 @@ def engine_row(gradients, norm, within, first=1e-7):
 
 def test_engine_bars_take_the_worst_engine_and_demand_that_halved_gradients_are_seen():
     rows = [engine_row("right", 1e-7, True), engine_row("right", 2e-5, False), engine_row("halved", 0.5, False)]
-    norm, first, halved = train.engine_bars(rows)
+    norm, first, within, halved = train.engine_bars(rows)
+    assert (within["value"], within["holds"]) == (1, False)
     assert (norm["value"], norm["holds"]) == (2e-5, False)
     assert (first["value"], first["holds"], halved["holds"]) == (1e-7, True, True)
-    assert not train.engine_bars([*rows, engine_row("halved", 0.0, True)])[2]["holds"]
-    assert not train.engine_bars(rows[:2])[2]["holds"]
+    assert not train.engine_bars([*rows, engine_row("halved", 0.0, True)])[3]["holds"]
+    assert not train.engine_bars(rows[:2])[3]["holds"]
 
 
 def test_an_engine_that_could_not_run_leaves_its_bars_without_a_figure():

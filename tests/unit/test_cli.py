@@ -100,6 +100,12 @@ def test_option_help_of_an_unknown_file_is_one_line():
     assert result.stderr.count("\n") == 1
 
 
+def test_how_to_write_shards_does_not_go_with_evaluation_files(tmp_path: Path):
+    result = runner.invoke(app, ["pack", "demo", "--out", str(tmp_path / "out"), "--evaluation", "--height", "240"])
+    assert result.exit_code == 1
+    assert "--evaluation writes no shards" in result.stderr
+
+
 def test_a_source_without_evaluation_files_says_so(tmp_path: Path):
     source = tmp_path / "mine.py"
     source.write_text("def samples():\n    yield from ()\n")

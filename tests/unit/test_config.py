@@ -62,6 +62,11 @@ def test_override_changes_the_field_it_names(assignment: str, value: Any):
         ("steps", r"has no '='"),
         ("optimizer.momentum=1", r"no such field; there is: weight_decay, groups, betas, eps, clip"),
         ("phases.3.steps=1", r"no such field; there is: indices 0 to 0"),
+        (
+            "lora.rank=8",
+            r"no such field; there is: nothing below None; set the whole field, as in lora='{\"rank\": 8}'",
+        ),
+        ("scale.x=1", r"no such field; there is: nothing below 'tiny'"),
         ("phases.0.steps=many", r"steps must be int, not 'many'"),
         ("phases.0.steps=true", r"steps must be int, not True"),
         ("precision=fp8", r"precision is 'fp8'; it must be one of \['fp32', 'bf16'\]"),
