@@ -206,11 +206,12 @@ def test_swapping_shows_every_question_with_another_film_of_its_length(data):
     assert {request.metadata["shown"] for request in requests} == set(FILMS)
 
 
-def test_films_that_are_listed_for_each_question_are_swapped_with_others(data):
+def test_films_that_are_listed_for_each_question_are_swapped_with_others(data, tmp_path):
     films = json.loads((data / "videomme.json").read_text())
     each = [{**film, "questions": [question]} for film in films for question in film["questions"]]
-    (data / "videomme.json").write_text(json.dumps(each))
-    requests = videomme.requests(data, swap=True)
+    shutil.copytree(data / "videos", tmp_path / "videos")
+    (tmp_path / "videomme.json").write_text(json.dumps(each))
+    requests = videomme.requests(tmp_path, swap=True)
     assert len(requests) == 8
     for request in requests:
         own, shown = request.metadata["film"]["video_id"], request.metadata["shown"]
