@@ -368,7 +368,8 @@ def test_on_another_number_of_ranks_random_numbers_are_seeded_anew_and_the_log_s
 def test_a_checkpoint_says_what_made_it(tmp_path):
     run_ranks(save_some, 2, tmp_path, (1,))
     about = json.loads((tmp_path / "step-000001" / "checkpoint.json").read_text())
-    assert about["position"] == {"step": 1, "cursor": {"epoch": 0, "window": 0, "row": 0, "sources": []}}
+    cursor = {"epoch": 0, "window": 0, "row": 0, "sources": []}
+    assert about["position"] == {"step": 1, "cursor": cursor, "num_data": None}
     assert about["world"] == 2
     assert about["config"]["name"] == "test"
     assert about["versions"]["torch"] == torch.__version__
