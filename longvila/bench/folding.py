@@ -17,12 +17,11 @@ from torch import Tensor
 from longvila.bench import bubble, engines, sent
 from longvila.bench.bars import at_least, at_most, sections
 from longvila.bench.gradient_faults import FAULTS, OF_PIPELINES
-from longvila.bench.mapping import MAPPINGS, PIPELINES, Mapping, dropping
+from longvila.bench.mapping import MAPPINGS, PIPELINES, Mapping, dropping, is_able
 from longvila.config import ParallelConfig
 from longvila.difference import relative_error
 from longvila.parallel.fold import fold_groups, share_between_nodes
 from longvila.parallel.launch import run_ranks
-from longvila.parallel.pipeline import SPLITS_BACKWARD
 from longvila.shards.order import Cursor
 from longvila.train.checkpoint import Checkpoints, Position
 from longvila.train.loop import resume
@@ -59,8 +58,8 @@ def run(quick: bool, show: Callable[[str, Rows, str], None]) -> dict[str, Any]:
     section = sections(figures, show)
 
     chosen = MAPPINGS[::4] if quick else MAPPINGS
-    pipelines = [each for each in PIPELINES if _is_able(each.parallel)]
-    cases = [each for each in bubble.CASES if _is_able(each)]
+    pipelines = [each for each in PIPELINES if is_able(each.parallel)]
+    cases = [each for each in bubble.CASES if is_able(each)]
     if quick:
         pipelines, cases = pipelines[:1], cases[:3]
     faults = FAULTS[::3] if quick else (*FAULTS, *OF_PIPELINES)
@@ -90,11 +89,6 @@ def run(quick: bool, show: Callable[[str, Rows, str], None]) -> dict[str, Any]:
         at_most("reshard_max_error", max(row["gradient_error"] for row in resharded), RESHARDED),
     ]
     return figures
-
-
-def _is_able(parallel: ParallelConfig) -> bool:
-    """Before 2.14 torch cannot split a backward as the zero-bubble schedule does; such rows are left out."""
-    return SPLITS_BACKWARD or parallel.schedule != "zero_bubble"
 
 
 def measure(mapping: Mapping, fault: Callable[[], None] | None = None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from longvila.model.vlm import LongVilaModel
 from longvila.parallel.balance import capacity_of
 from longvila.parallel.choose import make_plan
 from longvila.parallel.experts import Capacity
+from longvila.parallel.pipeline import SPLITS_BACKWARD
 from longvila.train.gradients import WholeRow, make_model, make_row
 
 EXPERTS, TOP_K, WIDTH = 8, 3, 48
@@ -80,6 +81,11 @@ PIPELINES = (
     Mapping(8, ParallelConfig(pipeline=2, chunks=2, inner=2, experts=2, expert_tensor=2), layers=4),
     Mapping(16, ParallelConfig(pipeline=4, tensor=2, inner=2, experts=4), layers=4, tied=False),
 )
+
+
+def is_able(parallel: ParallelConfig) -> bool:
+    """Before 2.14 torch cannot split a backward as the zero-bubble schedule does."""
+    return SPLITS_BACKWARD or parallel.schedule != "zero_bubble"
 
 
 def dropping(mapping: Mapping) -> LongVilaModel:

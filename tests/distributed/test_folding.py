@@ -4,8 +4,11 @@ import pytest
 
 from longvila.bench import folding, sent
 from longvila.bench.gradient_faults import FAULTS, OF_PIPELINES
+from longvila.bench.mapping import is_able
 
 AXES = ("tensor", "head", "inner", "outer", "experts", "expert_tensor")
+
+PIPELINES = [each for each in folding.PIPELINES if is_able(each.parallel)]
 
 
 def test_the_mappings_use_every_axis_with_and_without_dropping():
@@ -18,7 +21,7 @@ def test_the_mappings_use_every_axis_with_and_without_dropping():
 
 
 @pytest.mark.parametrize(
-    "mapping", folding.MAPPINGS + folding.PIPELINES, ids=lambda mapping: f"{mapping.world} ranks, {mapping.name}"
+    "mapping", [*folding.MAPPINGS, *PIPELINES], ids=lambda mapping: f"{mapping.world} ranks, {mapping.name}"
 )
 def test_a_mapping_has_the_loss_norm_and_gradients_of_one_process(mapping):
     row = folding.measure(mapping)
@@ -34,7 +37,7 @@ def test_a_fault_is_seen_in_a_gradient_or_the_norm_and_not_in_the_loss(fault):
     assert row["caught"], row
 
 
-@pytest.mark.parametrize("mapping", [*folding.MAPPINGS[2:17:7], *folding.PIPELINES], ids=str)
+@pytest.mark.parametrize("mapping", [*folding.MAPPINGS[2:17:7], *PIPELINES], ids=str)
 def test_bytes_that_are_counted_are_those_of_the_formula(mapping):
     rows = sent.measure(mapping)
     assert {"weights", "gradients"} < {row["kind"] for row in rows}
