@@ -38,6 +38,7 @@ from longvila.train.gradients import MIXED, TEXT, VIDEO, make_model, make_row, r
 from longvila.train.loop import prepare
 from longvila.train.optimizer import make_optimizer, set_learning_rate
 from longvila.train.step import TrainingState, take_step
+from longvila.train.summary import count_parameters
 
 DOCUMENTS = (MIXED, TEXT, VIDEO, MIXED[::-1])
 Build = Callable[[], LongVilaModel]
@@ -69,7 +70,9 @@ def make_state(
     prepare(model, config)
     no_tokenizer: Any = None  # rows are made of ids
     flops = count_flops(model)
-    return TrainingState(config, fold, torch.device("cpu"), make_engine(model, fold, config), no_tokenizer, flops)
+    parameters = count_parameters(model)
+    engine = make_engine(model, fold, config)
+    return TrainingState(config, fold, torch.device("cpu"), engine, no_tokenizer, flops, parameters)
 
 
 def make_rows(fold: Fold, indices: range) -> list[Row]:

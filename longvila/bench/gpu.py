@@ -36,6 +36,7 @@ from longvila.train.feed import Step
 from longvila.train.flops import count_flops, peak_flops, visible_pairs
 from longvila.train.optimizer import choose_trained
 from longvila.train.step import TrainingState, take_step
+from longvila.train.summary import count_parameters
 
 Rows = list[dict[str, Any]]
 
@@ -267,7 +268,9 @@ def _state(device: torch.device, shape: Shape) -> TrainingState:
     choose_trained(model, config.trains)
     fold = make_fold(parallel, device.type)
     flops = count_flops(model)
-    return TrainingState(config, fold, device, make_engine(model, fold, config), cast(Any, None), flops)
+    parameters = count_parameters(model)
+    engine = make_engine(model, fold, config)
+    return TrainingState(config, fold, device, engine, cast(Any, None), flops, parameters)
 
 
 def _step(tokens: int, vocabulary: int) -> Step:

@@ -21,6 +21,7 @@ from longvila.train.feed import Step
 from longvila.train.flops import count_flops
 from longvila.train.optimizer import choose_trained
 from longvila.train.step import TrainingState, take_step
+from longvila.train.summary import count_parameters
 
 RATE = 1e-4
 TOWER = {"image_size": 112, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16, "mlp_ratio": 2.0}
@@ -67,7 +68,9 @@ def _start(cell: Cell, trains: Any, clip: float) -> TrainingState:
     model = wrap(language_model(cell.model))
     choose_trained(model, trains)
     flops = count_flops(model)
-    return TrainingState(config, fold, device, make_engine(model, fold, config), cast(Any, None), flops)
+    parameters = count_parameters(model)
+    engine = make_engine(model, fold, config)
+    return TrainingState(config, fold, device, engine, cast(Any, None), flops, parameters)
 
 
 def wrap(text: PreTrainedModel) -> LongVilaModel:

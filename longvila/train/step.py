@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ class TrainingState:
     tokenizer: PreTrainedTokenizerBase
     flops: ModelFlops
     """What a row costs, to tell how well the devices are used."""
-    parameters: dict[str, Count] = field(default_factory=dict)
+    parameters: dict[str, Count]
     """Of each part of the whole model; a pipeline's stage has less."""
     skipped_in_a_row: int = 0
 

@@ -123,7 +123,8 @@ def test_five_stages_that_are_told_to_stop_wait_until_the_run_has_saved(checkout
     """A shell that is told to stop would leave its run behind, or end before it."""
     program = checkout / "fake" / "python"
     program.write_text(
-        "#!/usr/bin/env bash\ntrap 'sleep 0.5; echo saved; exit 3' TERM\necho started\nwhile :; do sleep 0.1; done\n"
+        "#!/usr/bin/env bash\ntrap 'sleep 0.5; echo saved; exit 3' TERM\n"
+        "echo started\nfor i in {1..100}; do sleep 0.1; done\n"
     )
     environment = {"PATH": f"{checkout / 'fake'}:{os.environ['PATH']}"}
     command = [str(checkout / "scripts" / "train_all.sh"), "--run", "r"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 
 import pytest
 
@@ -20,6 +21,18 @@ def record(key, video):
     return {"id": key, "video": video, "conversations": turns}
 
 
+def broken_png():
+    """Its pixels are in two chunks, and the second has no name: Pillow finds out while it reads them."""
+    picture = make_image(1, format="PNG")
+    start = picture.index(b"IDAT") - 4
+    length = int.from_bytes(picture[start : start + 4], "big")
+    pixels = picture[start + 8 : start + 8 + length]
+    parts = []
+    for name, part in ((b"IDAT", pixels[: length // 2]), (bytes(4), pixels[length // 2 :])):
+        parts.append(len(part).to_bytes(4, "big") + name + part + zlib.crc32(name + part).to_bytes(4, "big"))
+    return picture[:start] + b"".join(parts) + picture[start + 12 + length :]
+
+
 @pytest.fixture
 def folder(tmp_path):
     for number in range(12):
@@ -27,7 +40,7 @@ def folder(tmp_path):
         write(tmp_path / name, make_image(100 + number, format="JPEG"))
     write(tmp_path / "frames/activitynet/v_abc/readme.txt", b"no frame")
     (tmp_path / "frames/empty").mkdir()
-    write(tmp_path / "frames/broken/c01_0001.png", make_image(1, format="PNG").replace(b"IDAT", bytes(4)))
+    write(tmp_path / "frames/broken/c01_0001.png", broken_png())
     write(tmp_path / "frames/film.mp4", make_video(4))
     records = [
         record("v_abc-0", "activitynet/v_abc"), record("film", "film.mp4"), record("empty", "empty"),
