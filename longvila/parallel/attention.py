@@ -27,12 +27,12 @@ import torch
 from torch import Tensor
 
 from longvila.errors import ConfigError
-from longvila.parallel.blocks import Mask, Span
+from longvila.parallel.blocks import Block, Mask, Span
 from longvila.parallel.exchange import all_to_all
 from longvila.parallel.fold import Fold
-from longvila.parallel.kernel import block_backward, block_forward
+from longvila.parallel.kernel import block_backward, block_forward, kernel_blocks
 from longvila.parallel.messages import Fetches, Held, Returns
-from longvila.parallel.plan import Plan
+from longvila.parallel.plan import Plan, Program, Step
 from longvila.parallel.traffic import timed
 
 _handles = itertools.count()
@@ -156,7 +156,7 @@ def _context_attention(
     """Step 2: attention of the heads at hand over all context ranks. Returns out, and lse in the accumulation type."""
     folded = _by_handle[handle]
     program = folded.plan.program(folded.fold.part, Mask(causal, window))
-    if block := program.only_launch:  # nothing to add up: no sums in fp32, no passes over them
+    if block := _only_block(program, q.device):  # nothing to add up: no sums in fp32, no passes over them
         out, lse = block_forward(q, k, v, block.kind, scale, block.cuts)
         return out.contiguous(), lse.contiguous()
     held: Held = {("keys", program.rank): (k, v), ("queries", program.rank): (q,)}
@@ -173,12 +173,12 @@ def _context_attention(
                 answer = _answer(queries)
                 answers.open(step.owner, answer.tensors)
             with timed(f"ns step {index}"):
-                for task in step.launches:
-                    rows, columns = slice(*task.q), slice(*task.k)
-                    block = block_forward(
-                        queries[:, :, rows], keys[:, :, columns], values[:, :, columns], task.kind, scale, task.cuts
+                for block in _blocks(step, q.device):
+                    rows, columns = slice(*block.q), slice(*block.k)
+                    part = block_forward(
+                        queries[:, :, rows], keys[:, :, columns], values[:, :, columns], block.kind, scale, block.cuts
                     )
-                    answer.add(task.q, block)
+                    answer.add(block.q, part)
             if answer is not mine:
                 answer.close()
         fetches.release(index)
@@ -202,7 +202,7 @@ def _context_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     folded = _by_handle[handle]
     program = folded.plan.program(folded.fold.part, Mask(causal, window))
-    if block := program.only_launch:
+    if block := _only_block(program, q.device):
         dq, dk, dv = block_backward(grad_out, q, k, v, out, lse, block.kind, scale, block.cuts)
         return dq.contiguous(), dk.contiguous(), dv.contiguous()
     held: Held = {("keys", program.rank): (k, v), ("queries", program.rank): (grad_out, q, out, lse)}
@@ -222,14 +222,14 @@ def _context_attention_backward(
             elif step.owner != program.rank:
                 of_keys = _sums(lse.dtype, keys, values)
                 key_returns.open(step.owner, of_keys.tensors)
-            for task in step.launches:
-                rows, columns = slice(*task.q), slice(*task.k)
-                block = block_backward(
+            for block in _blocks(step, q.device):
+                rows, columns = slice(*block.q), slice(*block.k)
+                parts = block_backward(
                     grads[:, :, rows], queries[:, :, rows], keys[:, :, columns], values[:, :, columns],
-                    outs[:, :, rows], lses[:, :, rows], task.kind, scale, task.cuts,
+                    outs[:, :, rows], lses[:, :, rows], block.kind, scale, block.cuts,
                 )  # fmt: skip
-                of_queries.add(task.q, block[:1])
-                of_keys.add(task.k, block[1:])
+                of_queries.add(block.q, parts[:1])
+                of_keys.add(block.k, parts[1:])
             for sums in (of_queries, of_keys):
                 if sums not in (my_queries, my_keys):
                     sums.close()
@@ -264,6 +264,17 @@ def _backward(ctx, grad_out: Tensor, _grad_lse):
 
 
 _context_attention.register_autograd(_backward, setup_context=_setup)
+
+
+def _blocks(step: Step, device: torch.device) -> list[Block]:
+    """A kernel call each."""
+    return [block for launch in step.launches for block in kernel_blocks(launch, device)]
+
+
+def _only_block(program: Program, device: torch.device) -> Block | None:
+    """The kernel call that is all there is to do, if one is."""
+    launch = program.only_launch
+    return launch if launch and kernel_blocks(launch, device) == [launch] else None
 
 
 class _Totals:

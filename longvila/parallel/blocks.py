@@ -61,6 +61,36 @@ def join_squares(blocks: Iterable[Block]) -> list[Block]:
     return joined
 
 
+def halve_squares(block: Block, leaf: int) -> list[Block]:
+    """The same pairs in more blocks: squares end to end become single ones, and each is cut into two squares and the
+    rectangle between them, again and again down to squares of `leaf` tokens or fewer, so that a kernel that computes
+    more of a square than is seen wastes less. Cuts lie at multiples of `leaf`; a rectangle comes after its squares."""
+    if block.kind == "full":
+        return [block]
+    ends = block.cuts or (0, block.q[1] - block.q[0])
+    return [
+        piece
+        for start, stop in pairwise(ends)
+        for piece in _halved(block.q[0] + start, block.k[0] + start, stop - start, block.kind, leaf)
+    ]
+
+
+def _halved(q: int, k: int, size: int, kind: Kind, leaf: int) -> list[Block]:
+    """A square whose first query is `q` and first key `k`."""
+    if size <= leaf:
+        return [Block((q, q + size), (k, k + size), kind)]
+    half = leaf
+    while 2 * half < size:
+        half *= 2
+    early, late = (0, half), (half, size)
+    rows, columns = (late, early) if kind == "causal" else (early, late)
+    return [
+        *_halved(q, k, half, kind, leaf),
+        *_halved(q + half, k + half, size - half, kind, leaf),
+        Block((q + rows[0], q + rows[1]), (k + columns[0], k + columns[1]), "full"),
+    ]
+
+
 def visible_blocks(q: Span, k: Span, mask: Mask) -> list[Block]:
     """The blocks of what queries `q` see of keys `k`.
 

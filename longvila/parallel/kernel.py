@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from longvila.errors import ConfigError
-from longvila.parallel.blocks import Kind
+from longvila.parallel.blocks import Block, Kind, halve_squares
 from longvila.parallel.traffic import count
 
 aten = torch.ops.aten
@@ -25,6 +25,18 @@ aten = torch.ops.aten
 FLASH_4_DIMS = (64, 128)
 """Head dims that go to FlashAttention 4: those whose gradients were seen to be right on a GPU. Of several squares in
 one launch, version 4.0.0b36 gives wrong ones at 16, without an error. All others go to torch's FlashAttention 2."""
+
+
+CPU_LEAF = 256
+"""Tokens of the largest square that a CPU takes as one. Torch's kernel goes through 256 queries x 512 keys at a time
+and leaves out only what lies wholly beyond the diagonal: a quarter more than is seen of a square of 2,048 tokens, by
+halves an eighth. Further cuts cost what they save."""
+
+
+def kernel_blocks(block: Block, device: torch.device) -> list[Block]:
+    """The blocks to compute instead of one, each in a call of its own, for a device's kernel to be at its best: on a
+    GPU, the block as it is; on a CPU, squares one by one and cut by halves."""
+    return [block] if device.type == "cuda" else halve_squares(block, CPU_LEAF)
 
 
 def block_forward(
@@ -36,8 +48,8 @@ def block_forward(
         q: (1, Hq, Tq, D); k, v: (1, Hkv, Tk, D).
         kind: `causal` and `edge` blocks are square.
         scale: factor of the scores.
-        cuts: of several `causal` squares end to end, where each begins, from 0, and where the last ends; a GPU takes
-            them all in one launch.
+        cuts: of several `causal` squares end to end, where each begins, from 0, and where the last ends. On a GPU
+            alone, which takes them all in one launch (`kernel_blocks`).
 
     Returns:
         out (1, Hq, Tq, D) in the type of q, and lse (1, Hq, Tq) in fp32 (fp64 for fp64).
@@ -67,34 +79,21 @@ def block_backward(
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, cuts: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
+    count("kernel forward")
     if q.device.type == "cuda":
-        count("kernel forward")
         return _cuda_forward(q, k, v, causal, scale, cuts)
-    pieces = []
-    for span in pairwise(cuts or (0, None)):
-        count("kernel forward")
-        piece = [x[:, :, slice(*span)] for x in (q, k, v)]
-        pieces.append(aten._scaled_dot_product_flash_attention_for_cpu(*piece, 0.0, causal, scale=scale))
-    return _end_to_end(pieces)  # type: ignore[return-value]
+    assert not cuts, "kernel_blocks gives a CPU its squares one by one"
+    return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
 
 
 def _backward(
     tensors: tuple[Tensor, ...], causal: bool, scale: float, cuts: tuple[int, ...]
 ) -> tuple[Tensor, Tensor, Tensor]:
+    count("kernel backward")
     if tensors[0].device.type == "cuda":
-        count("kernel backward")
         return _cuda_backward(*tensors, causal=causal, scale=scale, cuts=cuts)  # type: ignore[misc]
-    pieces = []
-    for span in pairwise(cuts or (0, None)):
-        count("kernel backward")
-        piece = [x[:, :, slice(*span)] for x in tensors]
-        pieces.append(aten._scaled_dot_product_flash_attention_for_cpu_backward(*piece, 0.0, causal, scale=scale))
-    return _end_to_end(pieces)  # type: ignore[return-value]
-
-
-def _end_to_end(pieces: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """Each result of all pieces, along their tokens."""
-    return pieces[0] if len(pieces) == 1 else tuple(torch.cat(parts, dim=2) for parts in zip(*pieces, strict=True))
+    assert not cuts, "kernel_blocks gives a CPU its squares one by one"
+    return aten._scaled_dot_product_flash_attention_for_cpu_backward(*tensors, 0.0, causal, scale=scale)
 
 
 def _cuda_forward(

@@ -1,6 +1,7 @@
 """Attention over a fold against a dense mask on one process, fp64, and its refusals."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from longvila.bench.exact import (
 )
 from longvila.config import ParallelConfig
 from longvila.errors import ConfigError
-from longvila.parallel import attention, messages
+from longvila.parallel import attention, kernel, messages
 from longvila.parallel.attention import FoldedPlan, _add, _Totals
 from longvila.parallel.blocks import Mask
 from longvila.parallel.choose import LAYOUTS, make_plan
@@ -44,10 +45,21 @@ def test_fp32_stays_within_its_rounding():
         assert max(one.error for one in errors) < 1e-5
 
 
+def small_squares():
+    """Squares of more than 4 tokens are cut by halves, as those of more than `CPU_LEAF` are."""
+    kernel.CPU_LEAF = 4
+    return max(one.error for one in rank_errors(2, torch.float64, MASKS, ROWS, HEADS[:2]))
+
+
+def test_squares_cut_by_halves_equal_one_process():
+    assert max(run_ranks(small_squares, 2)) < 1e-12
+
+
 def bf16_errors():
-    """Errors against fp64 of one kernel call over the whole row, and of a ring of four."""
+    """Errors against fp64 of one kernel call over the whole row, of its square cut by halves, and of a ring of four."""
     found = []
-    for parallel in (ParallelConfig(), ParallelConfig(inner=4)):
+    for leaf, parallel in ((2048, ParallelConfig()), (256, ParallelConfig()), (256, ParallelConfig(inner=4))):
+        kernel.CPU_LEAF = leaf
         fold = make_fold(parallel, "cpu")
         plan = make_plan((2048,), fold.inner)
         found.append(attention_error(fold, plan, (4, 2), Mask(), torch.bfloat16))
@@ -55,8 +67,8 @@ def bf16_errors():
 
 
 def test_bf16_is_as_exact_as_one_kernel_call():
-    alone, folded = (max(errors) for errors in zip(*run_ranks(bf16_errors, 4), strict=True))
-    assert folded <= 1.25 * alone
+    alone, cut, folded = (max(errors) for errors in zip(*run_ranks(bf16_errors, 4), strict=True))
+    assert max(cut, folded) <= 1.25 * alone
 
 
 def six_ranks(placement):
@@ -192,8 +204,7 @@ def _forget_the_windows_edge():
 
 
 def _forget_where_documents_end():
-    real = attention.block_forward
-    attention.block_forward = lambda *arguments: real(*arguments[:-1], ())
+    attention.kernel_blocks = lambda launch, device: [replace(launch, cuts=())]
 
 
 def _wrong_key_head():

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from longvila.parallel.blocks import Block, Mask, join_squares, visible_blocks
+from longvila.parallel.blocks import Block, Mask, halve_squares, join_squares, visible_blocks
 
 
 def pairs(block):
@@ -60,3 +60,27 @@ def test_causal_squares_end_to_end_become_one_launch():
 def test_other_blocks_are_launched_by_themselves(other):
     first = Block((0, 3), (0, 3), "causal")
     assert join_squares([first, other]) == [first, other]
+
+
+@pytest.mark.parametrize("kind", ["causal", "edge"])
+@pytest.mark.parametrize("size", [1, 4, 5, 8, 9, 12, 31, 32, 33])
+def test_a_square_cut_by_halves_is_the_same_pairs(size, kind):
+    square = Block((7, 7 + size), (2, 2 + size), kind)
+    blocks = halve_squares(square, 4)
+    found = [pair for block in blocks for pair in pairs(block)]
+    assert len(found) == len(set(found)) == square.work
+    assert set(found) == set(pairs(square))
+    assert all(block.q[1] - block.q[0] <= 4 for block in blocks if block.kind == kind)
+    assert all((edge - 7) % 4 == 0 for block in blocks for edge in block.q if edge != 7 + size)
+
+
+def test_squares_end_to_end_are_cut_each_by_itself():
+    joined = Block((3, 12), (5, 14), "causal", (0, 2, 9))
+    apart = [Block((3, 5), (5, 7), "causal"), *halve_squares(Block((5, 12), (7, 14), "causal"), 4)]
+    assert halve_squares(joined, 4) == apart
+    assert sum(block.work for block in apart) == joined.work
+
+
+def test_what_is_all_seen_stays_one_block():
+    rectangle = Block((0, 9), (20, 40), "full")
+    assert halve_squares(rectangle, 4) == [rectangle]

@@ -13,15 +13,18 @@ from longvila.parallel.traffic import counting
 SCALE = 0.1
 DIM = 64
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-DEVICES = [
-    pytest.param("cpu", torch.float64, 1e-13, id="cpu-fp64"),
-    pytest.param("cpu", torch.float32, 1e-5, id="cpu-fp32"),
-    pytest.param("cpu", torch.bfloat16, 3e-2, id="cpu-bf16"),
+GPUS = [
     pytest.param("cuda", torch.bfloat16, 3e-2, id="flash2-bf16", marks=CUDA),
     pytest.param("cuda4", torch.bfloat16, 3e-2, id="flash4-bf16", marks=pytest.mark.skipif(
         not kernel.flash_attention_4(), reason="needs FlashAttention 4 and a GPU for it"
     )),
 ]  # fmt: skip
+DEVICES = [
+    pytest.param("cpu", torch.float64, 1e-13, id="cpu-fp64"),
+    pytest.param("cpu", torch.float32, 1e-5, id="cpu-fp32"),
+    pytest.param("cpu", torch.bfloat16, 3e-2, id="cpu-bf16"),
+    *GPUS,
+]
 VISIBLE = {
     "full": lambda rows, columns: torch.ones(rows, columns, dtype=torch.bool),
     "causal": lambda rows, columns: torch.ones(rows, columns, dtype=torch.bool).tril(),
@@ -73,7 +76,7 @@ def test_a_block_equals_dense_attention(kind, rows, columns, heads, device, dtyp
             assert error(found, reference) < bound
 
 
-@pytest.mark.parametrize(("device", "dtype", "bound"), DEVICES, indirect=["device"])
+@pytest.mark.parametrize(("device", "dtype", "bound"), GPUS, indirect=["device"])
 def test_squares_end_to_end_equal_each_by_itself(device, dtype, bound):
     torch.manual_seed(0)
     cuts = (0, 5, 6, 40, 103)
