@@ -41,7 +41,7 @@ class StepTime:
         return abs(self.ratio / self.theory - 1)
 
 
-def measure(parts: int, tokens: int = 8192, repeats: int = 5) -> StepTime:
+def measure(parts: int, tokens: int = 8192, repeats: int = 20) -> StepTime:
     """Contiguous against zigzag chunks, each rank's steps in its real executor."""
     by_layout: dict[str, float] = {}
     by_rank = run_ranks(_times, parts, parts, tokens, repeats, timeout=900)
