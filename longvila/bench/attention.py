@@ -53,7 +53,7 @@ def run(quick: bool, show: Callable[[str, Rows, str], None]) -> dict[str, Any]:
     ratio = volume.lightseq_volume_ratio()
     figures["lightseq_volume_ratio"] = ratio
 
-    times = [steps.measure(parts, repeats=3 if quick else 20) for parts in (2, 4)]
+    times = [steps.measure(parts, rounds=1 if quick else 5) for parts in (2, 4)]
     section("time", [{**asdict(one), "error": one.error} for one in times], "CPU time along the critical path, forward")
     policies = section("recompute", [asdict(one) for one in kept.measure()], "a layer's forward and backward")
     compared = section("peers", peers.compare(quick), "one thread a rank, CPU time summed over ranks")

@@ -2,7 +2,8 @@
 
 The critical path is the sum over steps of the slowest rank's CPU time, as if ranks waited for each other at each step.
 CPU time of each process, one thread a rank, minimum over repeats: a shared machine's other load does not enter, though
-its caches do. More ranks than cores change nothing in it.
+its caches do, and what shares a core with a rank may slow it for seconds, wherefore rounds are taken apart. More ranks
+than cores change nothing in it.
 """
 
 from __future__ import annotations
@@ -41,14 +42,13 @@ class StepTime:
         return abs(self.ratio / self.theory - 1)
 
 
-def measure(parts: int, tokens: int = 8192, repeats: int = 20) -> StepTime:
-    """Contiguous against zigzag chunks, each rank's steps in its real executor."""
+def measure(parts: int, tokens: int = 8192, rounds: int = 5, repeats: int = 3) -> StepTime:
+    """Contiguous against zigzag chunks, each rank's steps in its real executor, `repeats` times in each round."""
     by_layout: dict[str, float] = {}
-    by_rank = run_ranks(_times, parts, parts, tokens, repeats, timeout=900)
+    by_round = [run_ranks(_times, parts, parts, tokens, repeats, timeout=900) for _ in range(rounds)]
     for layout in ("contiguous", "zigzag"):
-        steps = [
-            max(min(repeat[f"ns step {step}"] for repeat in rank[layout]) for rank in by_rank) for step in range(parts)
-        ]
+        of_ranks = [[one for rank in ranks for one in rank[layout]] for ranks in zip(*by_round, strict=True)]
+        steps = [max(min(one[f"ns step {step}"] for one in found) for found in of_ranks) for step in range(parts)]
         by_layout[layout] = sum(steps) / 1e6
     naive, balanced = (_critical_work(tokens, parts, layout) for layout in ("contiguous", "zigzag"))
     return StepTime(
