@@ -82,7 +82,10 @@ def _sample(line: bytes, key: str, images: Path, min_similarity: float, max_imag
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return BadRecord(key, f"is not a document of MMC4 ({type(error).__name__}: {error})")
     similar = [each for each in matched if each[0] >= min_similarity]
-    there = [each for each in similar if (images / each[2]).is_file()]
+    try:
+        there = [each for each in similar if (images / each[2]).is_file()]
+    except OSError as error:  # a name that no file can have, or a folder that may not be looked into
+        return BadRecord(key, f"its images cannot be looked for ({type(error).__name__}: {error.strerror})")
     if not there:
         return BadRecord(key, f"{len(matched)} images, {len(similar)} of them similar enough, none in {images.name}")
     chosen = sorted(there, reverse=True)[:max_images]

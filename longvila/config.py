@@ -330,7 +330,7 @@ def override(config: Any, assignment: str) -> Any:
     try:
         for key in parents:
             node = node[int(key)] if isinstance(node, (list, tuple)) else node[key]
-        if isinstance(node, (list, tuple)) or leaf not in node:
+        if not isinstance(node, dict) or leaf not in node:
             raise KeyError(leaf)
     except (KeyError, IndexError, ValueError, TypeError):
         if isinstance(node, dict):

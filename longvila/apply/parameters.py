@@ -64,13 +64,9 @@ def shard_parameters(
         fully_shard(modules, mesh=copies, reshard_after_forward=reshard, mp_policy=own,
                     shard_placement_fn=partial(_other_dim, copies.size()))  # fmt: skip
 
-    # Routers that score in fp32 whatever the rest computes in, as transformers' list of such weights says.
-    keeps = getattr(getattr(model, "language_model", model), "_keep_in_fp32_modules_strict", None) or ()
     exact = MixedPrecisionPolicy(cast_forward_inputs=False)
-    for name in [name for name, _ in model.named_parameters()]:
-        if precision == "bf16" and any(pattern in name for pattern in keeps):
-            owner = model.get_submodule(name.rpartition(".")[0])
-            fully_shard(owner, mesh=mesh, reshard_after_forward=reshard, mp_policy=exact)
+    for module in _exact_modules(model) if precision == "bf16" else ():
+        fully_shard(module, mesh=mesh, reshard_after_forward=reshard, mp_policy=exact)
     if fold.experts is not None:
         for module in model.modules():
             if isinstance(module, DispatchedExperts):
@@ -90,6 +86,19 @@ def shard_parameters(
         _shard_rest(model, shard)
         _sum_gradients(model.modules())
     check_rules(model, dist.get_world_size(fold.stage))
+
+
+def _exact_modules(model: nn.Module) -> list[nn.Module]:
+    """Routers that score in fp32 whatever the rest computes in: the largest modules of which transformers' list of
+    weights kept in fp32 names every parameter. (Others hold weights of both kinds, and a unit has one type.)"""
+    keeps = getattr(getattr(model, "language_model", model), "_keep_in_fp32_modules_strict", None) or ()
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        inside = [f".{name}.{parameter}." for parameter, _ in module.named_parameters()]
+        every = bool(inside) and all(any(f".{one}." in each for one in keeps) for each in inside)
+        if every and not any(name.startswith(f"{outer}.") for outer in found):
+            found[name] = module
+    return list(found.values())
 
 
 def _shard_rest(model: nn.Module, shard: Callable[..., Any]) -> None:

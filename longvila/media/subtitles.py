@@ -9,8 +9,9 @@ from pathlib import Path
 from longvila.errors import MediaError
 
 CLOCK = r"(?:(\d+):)?(\d+):(\d+)[,.](\d{1,3})"
-ENTRY = re.compile(rf"{CLOCK}[ \t]*-->[ \t]*{CLOCK}[^\n]*\n((?:(?![^\n]*-->)[ \t]*\S[^\n]*(?:\n|\Z))*)")
-"""Times, and the lines up to one that is blank or has times again."""
+LINE = r"(?![ \t]*(?:\n|\Z))(?![ \t]*(?:\d+:)?\d+:\d+[,.]\d{1,3}[ \t]*-->)[^\n]*(?:\n|\Z)"
+"""Neither blank nor times. Of what Unicode calls spaces some begin a line that is shown, as in Japanese."""
+ENTRY = re.compile(rf"{CLOCK}[ \t]*-->[ \t]*{CLOCK}[^\n]*\n((?:{LINE})*)")
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ def read_subtitles(path: Path) -> list[Subtitle]:
         MediaError: it cannot be read.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig", errors="replace").replace("\r\n", "\n")
+        text = re.sub(r"\r+\n|\r", "\n", path.read_bytes().decode("utf-8-sig", errors="replace"))
     except OSError as error:
         raise MediaError(f"{path}: {error.strerror or error}") from error
     found = []

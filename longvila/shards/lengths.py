@@ -55,9 +55,11 @@ class Lengths:
         known = _read(path) or ()
         if len(known) == len(index.entries):
             # A fault may have been of a disk or of a copy that was damaged, and not of the sample.
-            return tuple(self._measure(shard, index, number) if one.fault else one for number, one in enumerate(known))
-        found = tuple(self._measure(shard, index, number) for number in range(len(index.entries)))
-        if shard.stat().st_size == index.bytes:  # what a damaged copy holds is not what the checksum stands for
+            found = tuple(self._measure(shard, index, number) if one.fault else one for number, one in enumerate(known))
+        else:
+            found = tuple(self._measure(shard, index, number) for number in range(len(index.entries)))
+        # What a damaged copy holds is not what the checksum stands for.
+        if found != known and shard.stat().st_size == index.bytes:
             _write(path, found)
         return found
 

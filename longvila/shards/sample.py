@@ -175,6 +175,7 @@ def from_members(key: str, members: Mapping[str, bytes] | Mapping[str, FileRange
     try:
         content = json.loads(text.read() if isinstance(text, FileRange) else text)
         messages, media_type, metadata = content["messages"], content["media_type"], content["metadata"]
+        metadata = {} if metadata is None else metadata
         infos = infos_from_json(content["media"], len(places))
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"its JSON is not that of a sample ({type(error).__name__}: {error})") from error

@@ -7,6 +7,7 @@ enough, whatever ranks wrote the checkpoint. A model card says how to load it an
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import warnings
 from dataclasses import dataclass
@@ -90,7 +91,7 @@ def find_source(folder: Path) -> Source:
     Raises:
         ConfigError: nothing is.
     """
-    folder = folder.resolve()  # its parents are asked for
+    folder = Path(os.path.abspath(folder))  # its parents are asked for, and links may lead elsewhere
     if (folder / "checkpoint.json").is_file():
         if fault := find_fault(folder):
             raise ConfigError(f"{folder}: {fault}; export another checkpoint of the stage")

@@ -255,7 +255,8 @@ def other_batch(position: Position, num_data: int) -> str | None:
         return None
     return (
         f"each of {num_data} data ranks reads the rows of a step, where {before} did before: a step has "
-        f"{num_data / before:g} times as many; keep rows_per_step x data ranks as it was, or learning rates do not fit"
+        f"{num_data / before:g} times as many, and learning rates do not fit; choose ranks and parallel.* so that "
+        f"{before} read again"
     )
 
 

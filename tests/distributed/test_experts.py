@@ -1,6 +1,7 @@
 """Experts shared out over ranks, on a fold of their own: loss and every gradient equal one process."""
 
 import functools
+import math
 
 import pytest
 import torch
@@ -370,7 +371,10 @@ def brief_step(make, parallel, mixture):
     logits = model(**batch, use_cache=False).logits
     loss = torch.nn.functional.cross_entropy(logits[0].float(), labels, ignore_index=-100, reduction="sum")
     loss.backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
+    without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert all(name.endswith(("expert_bias", "e_score_correction_bias")) for name in without), (
+        without
+    )  # they choose only
     return seen | {"logits": logits.dtype, "loss": loss.item()}
 
 
@@ -383,6 +387,30 @@ GLM = functools.partial(
 def make_glm():
     torch.manual_seed(0)
     return transformers.AutoModelForCausalLM.from_config(GLM()).train()
+
+
+ERNIE = functools.partial(
+    transformers.Ernie4_5_MoeConfig, **test_models.SHAPE, moe_num_experts=4, moe_k=2, moe_intermediate_size=16,
+    moe_layer_start_index=1, moe_num_shared_experts=1,
+)  # fmt: skip
+AFMOE = functools.partial(
+    transformers.AfmoeConfig, **test_models.SHAPE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+    num_dense_layers=1, num_shared_experts=1, layer_types=["full_attention"] * 3, sliding_window=64,
+)  # fmt: skip
+
+
+def make_from(config):
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config()).train()
+
+
+@pytest.mark.parametrize("config", [ERNIE, AFMOE], ids=["ernie4_5_moe", "afmoe"])
+def test_routers_of_which_parts_are_kept_in_fp32_run_in_bf16(config):
+    make = functools.partial(make_from, config)
+    assert make()._keep_in_fp32_modules_strict
+    (seen,) = run_ranks(brief_step, 1, make, ParallelConfig(), MixtureConfig())
+    assert seen["experts"] == seen["logits"] == torch.bfloat16
+    assert math.isfinite(seen["loss"])
 
 
 @pytest.mark.parametrize(

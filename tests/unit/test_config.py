@@ -67,6 +67,7 @@ def test_override_changes_the_field_it_names(assignment: str, value: Any):
             r"no such field; there is: nothing below None; set the whole field, as in lora='{\"rank\": 8}'",
         ),
         ("scale.x=1", r"no such field; there is: nothing below 'tiny'"),
+        ("scale.tin=1", r"no such field; there is: nothing below 'tiny'"),
         ("phases.0.steps=many", r"steps must be int, not 'many'"),
         ("phases.0.steps=true", r"steps must be int, not True"),
         ("precision=fp8", r"precision is 'fp8'; it must be one of \['fp32', 'bf16'\]"),

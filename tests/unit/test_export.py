@@ -259,6 +259,14 @@ def test_a_folder_is_found_from_inside_it(tmp_path, monkeypatch):
     assert find_source(Path()) == find_source(tmp_path / "tune")
 
 
+def test_checkpoints_may_lie_elsewhere_behind_a_link(tmp_path):
+    config = make_stage(tmp_path)
+    make_checkpoint(config, tmp_path, 2)
+    (tmp_path / "tune" / "checkpoints").rename(tmp_path / "scratch")
+    (tmp_path / "tune" / "checkpoints").symlink_to(tmp_path / "scratch")
+    assert find_source(tmp_path / "tune").stage == tmp_path / "tune"
+
+
 def test_a_damaged_checkpoint_is_not_exported(tmp_path):
     config = make_stage(tmp_path)
     make_checkpoint(config, tmp_path, 2)

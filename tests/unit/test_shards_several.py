@@ -209,6 +209,24 @@ def test_subtitles_stand_behind_their_video_with_their_times(tmp_path, name, tex
 
 
 @pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("\u3000元気です\n", "元気です"),
+        ("元気\n\u3000です\n", "元気 \u3000です"),
+        ("\u00a0Yes\n", "Yes"),
+        ("press A --> B\nnow\n", "press A --> B now"),
+        ("one\ntwo\n \nno more\n", "one two"),
+    ],
+)
+def test_lines_of_subtitles_end_where_one_is_blank_and_not_before(tmp_path, text, line):
+    path = tmp_path / "a.srt"
+    for newline in ("\n", "\r\n", "\r\r\n", "\r"):
+        times = "1\n00:00:01,000 --> 00:00:02,000\n", "\n2\n00:00:03,000 --> 00:00:04,000\nLast\n"
+        path.write_bytes(text.join(times).replace("\n", newline).encode())
+        assert [each.line for each in read_subtitles(path)] == [line, "Last"]
+
+
+@pytest.mark.parametrize(
     ("record", "reason"),
     [
         ({"video": "c.mp4", "subtitles": "gone.srt"}, "gone.srt: No such file"),

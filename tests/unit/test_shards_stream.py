@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import pytest
@@ -163,6 +164,17 @@ def test_a_broken_json_is_counted_by_key(tmp_path, text, reason):
     bad = BadSamples()
     assert stream([shard], bad=bad) == ["v0"]
     assert reason in bad.listed["v1"]
+
+
+def test_a_sample_may_have_no_metadata(tmp_path):
+    packed(tmp_path / "data", [video("v0")])
+    (shard,) = list_shards("data", tmp_path)
+
+    def without(name, data):
+        return name, json.dumps(json.loads(data) | {"metadata": None}).encode() if name == "v0.json" else data
+
+    rewrite(shard, without)
+    assert stream([shard]) == ["v0"]
 
 
 def test_names_with_dots_keep_their_samples_apart(tmp_path):

@@ -114,6 +114,19 @@ def test_a_folder_without_documents_is_refused(tmp_path):
         samples(tmp_path)
 
 
+def test_an_image_whose_name_no_file_can_have_costs_one_document(folder):
+    expected = samples(folder)
+    bad = {"text_list": ["Far too long."], "image_info": [image("n" * 300 + ".jpg", 0, 0.5)]}
+    lines = [json.dumps(each).encode() for each in (DOCUMENTS[0], bad, *DOCUMENTS[1:])]
+    (archive,) = folder.glob("*.zip")
+    archive.unlink()
+    write(folder / "docs_no_face_shard_0_v3.jsonl", b"\n".join(lines))
+    first, found, *rest = samples(folder)
+    assert "its images cannot be looked for (OSError: File name too long)" in found.reason
+    assert [each.key[-1] for each in (first, *rest)] == ["0", "2", "3"]
+    assert len(rest) + 1 == len(expected)
+
+
 def test_an_archive_that_cannot_be_read_to_its_end_is_told_and_the_others_are_read(folder):
     expected = samples(folder)
     (good,) = folder.glob("*.zip")
