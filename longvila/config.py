@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import types
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -345,6 +347,23 @@ def override(config: Any, assignment: str) -> Any:
     except json.JSONDecodeError:
         node[leaf] = text
     return _build(type(config), data, type(config).__name__)
+
+
+def differences(one: Any, other: Any, name: str = "") -> Iterator[str]:
+    """The fields, by the names that `override` takes, in which two configurations differ. Of two paths it matters where
+    they lead."""
+    if dataclasses.is_dataclass(one) and type(one) is type(other):
+        for field in dataclasses.fields(one):
+            below = f"{name}.{field.name}" if name else field.name
+            yield from differences(getattr(one, field.name), getattr(other, field.name), below)
+    elif isinstance(one, tuple) and isinstance(other, tuple) and len(one) == len(other):
+        for number, pair in enumerate(zip(one, other, strict=True)):
+            yield from differences(*pair, f"{name}.{number}")
+    elif isinstance(one, str) and isinstance(other, str):
+        if os.path.abspath(one) != os.path.abspath(other):
+            yield name
+    elif one != other:
+        yield name
 
 
 def _build(annotation: Any, value: Any, where: str) -> Any:

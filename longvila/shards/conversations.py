@@ -5,10 +5,10 @@
     {"id": "7", "image": "b.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
                                                     {"from": "gpt", "value": "A bus."}]}
 
-The first are Hugging Face chat messages, the second LLaVA's. `video` or `image` is a path, or a list of several; a
-record may have both. A conversation says once where the frames of each go: by a part `{"type": "video"}` or by a marker
-`<video>` or `<image>`. (Where all media are of one type, both markers mean it: published video sets write `<image>` as
-well.) One that does not say has them at the start of its first user turn.
+The first are Hugging Face chat messages, the second LLaVA's. `video` or `image` (or `videos`, `images`) is a path, or a
+list of several; a record may have both. A conversation says once where the frames of each go: by a part
+`{"type": "video"}` or by a marker `<video>` or `<image>`. (Where all media are of one type, both markers mean it:
+published video sets write `<image>` as well.) One that does not say has them at the start of its first user turn.
 
 With `"subtitles": "a.srt"` (or `.vtt`), a record of one video has its subtitles behind it, each line with its time.
 """
@@ -27,6 +27,8 @@ from longvila.media import read_subtitles
 from longvila.shards.sample import MEDIA, BadRecord, MediumType, SourceSample, media_markers
 
 MARKER = re.compile(r"\s*<(video|image)>\s*")
+PLURALS: dict[MediumType, str] = {"video": "videos", "image": "images"}
+"""What other programs' records call the fields of media."""
 SUBTITLES = "This video's subtitles are listed below:"
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 
@@ -71,7 +73,9 @@ def to_sample(record: Any, number: int, root: Path) -> SourceSample | BadRecord:
         first = next((paths[0] for paths in media.values() if paths), "text")
         key = f"{_slug(record.get('id') or Path(first).stem)}-{number:07d}"
         metadata = {
-            name: value for name, value in record.items() if name not in ("messages", "conversations", "video", "image")
+            name: value
+            for name, value in record.items()
+            if name not in ("messages", "conversations", *MEDIA, *PLURALS.values())
         }
         messages = to_messages(record, {kind: len(paths) for kind, paths in media.items()})
         if "subtitles" in record:
@@ -145,7 +149,9 @@ def _media(record: dict[str, Any]) -> dict[MediumType, list[str]]:
     """The paths that a record names, by type."""
     named: dict[MediumType, list[str]] = {}
     for kind in MEDIA:
-        value = record.get(kind) or []
+        if record.get(kind) and record.get(PLURALS[kind]):
+            raise DataError(f"has both '{kind}' and '{PLURALS[kind]}'; give one list")
+        value = record.get(kind) or record.get(PLURALS[kind]) or []
         named[kind] = value if isinstance(value, list) else [value]
         if wrong := [path for path in named[kind] if not isinstance(path, str)]:
             raise DataError(f"its media must be a path or a list of paths, not {str(wrong[0])[:80]}")

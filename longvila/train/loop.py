@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -94,6 +95,10 @@ def _train(config: StageConfig, run: Path, data: Path, profile: tuple[int, int] 
 MAY_CHANGE = frozenset({
     *("parallel", "sharding", "engine", "deepspeed_json", "recompute", "recompute_keeps", "tile_tokens"),
     *("checkpoint_every", "checkpoints_kept", "checkpoint_async", "rank_timeout", "peak_flops"),
+    *("validation", "optimizer.max_skipped"),
+    *(f"phases.*.data.{name}" for name in (
+        "workers", "prefetch", "decode_timeout", "cache", "cache_gib", "allow_pipes", "max_bad_share",
+    )),
 })  # fmt: skip
 """Fields of a stage that say how it is carried out and not what is trained: a run goes on under others."""
 
@@ -105,8 +110,13 @@ def claim_folder(folder: Path, config: StageConfig, write: bool = True) -> bool:
         ConfigError: where the folder holds a run that trains something else, naming the fields that differ.
     """
     text, path = configuration.to_json(config), folder / "config.json"
-    differs = _differing(path.read_text(), text) if path.exists() else set()
-    if others := sorted(differs - MAY_CHANGE):
+    differs: set[str] = set()
+    if path.exists():
+        try:
+            differs = set(configuration.differences(configuration.from_json(StageConfig, path.read_text()), config))
+        except ConfigError as error:
+            raise ConfigError(f"{path} is of another version of this program: {error}; use another --run") from error
+    if others := sorted(name for name in differs if not _may_change(name)):
         raise ConfigError(
             f"{folder} holds a run with another configuration: {', '.join(others)} in {path}; use another --run, or "
             f"remove the folder"
@@ -123,10 +133,10 @@ def claim_folder(folder: Path, config: StageConfig, write: bool = True) -> bool:
     return complete
 
 
-def _differing(one: str, other: str) -> set[str]:
-    """Top-level fields in which two configurations differ, as they are written."""
-    first, second = json.loads(one), json.loads(other)
-    return {name for name in first.keys() | second.keys() if first.get(name) != second.get(name)}
+def _may_change(name: str) -> bool:
+    """Whether `MAY_CHANGE` has a field, `phases.0.data.workers`, or one that holds it."""
+    parts = re.sub(r"\.\d+(?=\.|$)", ".*", name).split(".")
+    return any(".".join(parts[:count]) in MAY_CHANGE for count in range(1, len(parts) + 1))
 
 
 def load_start(config: StageConfig, run: Path) -> tuple[LongVilaModel, PreTrainedTokenizerBase]:

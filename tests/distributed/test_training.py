@@ -200,8 +200,32 @@ def test_a_run_goes_on_when_only_how_it_is_carried_out_changes(tmp_path):
         assert run_ranks(claim, 2, tmp_path / "run", changes) == [False, False]
         saved = json.loads((tmp_path / "run" / "config.json").read_text())
         assert saved["rank_timeout"] == changes.get("rank_timeout", 1800.0)
+    phase, data = make_config(ParallelConfig()).phases[0], make_config(ParallelConfig()).phases[0].data
+    workers = dataclasses.replace(data, workers=2, max_bad_share=0.5)
+    rows = dataclasses.replace(data, row_tokens=64)
+    carried_out = {
+        "phases": (dataclasses.replace(phase, data=workers),),
+        "optimizer": dataclasses.replace(OPTIMIZER, max_skipped=99),
+        "validation": ValidationConfig(data),
+    }
+    assert run_ranks(claim, 2, tmp_path / "run", carried_out) == [False, False]
+    trained = {"phases": (dataclasses.replace(phase, data=rows),)}
+    with pytest.raises(RankError, match=r"another configuration: phases\.0\.data\.row_tokens in .*config\.json"):
+        run_ranks(claim, 2, tmp_path / "run", trained)
     with pytest.raises(RankError, match=r"holds a run with another configuration: precision, seed in .*config\.json"):
         run_ranks(claim, 2, tmp_path / "run", {"seed": 7, "precision": "bf16", "engine": "fsdp2"})
+
+
+def test_a_configuration_saved_by_another_version_is_read_or_refused_by_its_field(tmp_path):
+    run_ranks(claim, 1, tmp_path / "run", {})
+    path = tmp_path / "run" / "config.json"
+    saved = json.loads(path.read_text())
+    del saved["phases"][0]["data"]["frames"]["tiles"]
+    path.write_text(json.dumps(saved))
+    assert run_ranks(claim, 1, tmp_path / "run", {}) == [False]
+    path.write_text(json.dumps(saved | {"forgotten": 1}))
+    with pytest.raises(RankError, match=r"config\.json is of another version .* has no field \['forgotten'\]"):
+        run_ranks(claim, 1, tmp_path / "run", {})
 
 
 @pytest.mark.parametrize("bound", [{"skip_norm": 1e-9, "max_skipped": 2}])

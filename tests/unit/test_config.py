@@ -14,6 +14,7 @@ from longvila.config import (
     Phase,
     SourceConfig,
     StageConfig,
+    differences,
     from_json,
     override,
     to_json,
@@ -54,6 +55,15 @@ def test_override_changes_the_field_it_names(assignment: str, value: Any):
         changed = changed[int(key)] if key.isdigit() else getattr(changed, key)
     assert changed == value
     assert type(changed) is type(value)
+
+
+def test_differences_have_the_names_that_override_takes(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    one = override(CONFIG, "model.tower=models/tower.json")
+    other = override(override(one, f"model.tower={tmp_path}/models/tower.json"), "phases.0.data.row_tokens=7")
+    assert list(differences(one, other)) == ["phases.0.data.row_tokens"]
+    assert list(differences(one, override(one, 'lora={"rank": 3}'))) == ["lora"]
+    assert list(differences(one, one)) == []
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -190,6 +191,15 @@ It rolls.
 1:02:03.004 --> 1:02:05.000
 It sleeps.
 """
+
+
+def test_media_may_be_named_in_the_plural():
+    turns = [{"role": "user", "content": "<video><image>?"}, {"role": "assistant", "content": "yes"}]
+    found = to_sample({"videos": ["a.mp4"], "images": ["b.jpg"], "messages": turns}, 1, Path("root"))
+    assert (found.media_type, found.files) == ("mixed", (Path("root/a.mp4"), Path("root/b.jpg")))
+    assert found.metadata == {}
+    both = to_sample({"video": "a.mp4", "videos": ["c.mp4"], "messages": turns}, 1, Path("root"))
+    assert "has both 'video' and 'videos'" in both.reason
 
 
 @pytest.mark.parametrize(("name", "text"), [("a.srt", SRT), ("a.vtt", VTT)])

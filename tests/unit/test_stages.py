@@ -108,3 +108,10 @@ def test_joint_sft_is_long_sft_with_the_short_sources_added():
 def test_an_unknown_scale_is_answered_with_the_scales_there_are():
     with pytest.raises(ConfigError, match=r"no scale '70b'; there are: tiny, small, 1\.5b, 7b"):
         build("1_alignment", "70b")
+
+
+@pytest.mark.parametrize("name", content.names("stages"))
+def test_the_recipe_says_how_every_source_of_a_stage_is_packed(name: str):
+    recipe = (Path(__file__).parents[2] / "data" / "README.md").read_text(encoding="utf-8")
+    named = {source.shards for phase in build(name, "7b").phases for source in phase.data.sources}
+    assert [each for each in sorted(named) if f"`{each}` |" not in recipe and f"data/{each}" not in recipe] == []
