@@ -236,8 +236,9 @@ class Phase:
     """Share of the phase's steps over which the rate rises from 0."""
     floor: float = 0.0
     """Share of the rate at which a falling schedule ends."""
-    rows_per_step: int = 1
-    """Rows of each data rank per optimizer step (gradient accumulation)."""
+    rows_per_step: int | None = None
+    """Rows of an optimizer step over all data ranks, each of which reads its share one after the other (gradient
+    accumulation): a step is the same whatever their number. None takes one row for each."""
     rope_theta: float | None = None
     """RoPE base from this phase on; None keeps what the model has."""
 
@@ -248,7 +249,7 @@ class ValidationConfig:
 
     data: DataConfig
     rows: int = 8
-    """Rows of each data rank, the same ones every time."""
+    """Over all data ranks, the same ones every time."""
     every: int = 200
     """Steps between two measurements; the last step is followed by one in any case."""
 

@@ -22,11 +22,11 @@ TINY = Phase(
     data=DataConfig(sources=(SourceConfig("images"),), frames=FrameSampling("uniform", frames=1), row_tokens=1024),
 )
 
-# A row holds about 17 samples (196 tokens a picture and a caption): 64 GPUs x 2 rows are 2,048 samples; one epoch.
+# A row holds about 17 samples (196 tokens a picture and a caption): 128 rows are 2,048 samples; one epoch.
 CLUSTER = Phase(
     name="captions",
     steps=290,
-    rows_per_step=2,
+    rows_per_step=128,
     learning_rate=1e-3,
     data=DataConfig(
         sources=(SourceConfig("llava_cc3m_595k"),),

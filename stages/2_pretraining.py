@@ -36,11 +36,11 @@ TINY = (
 # SmolLM2 knows words already; the tiny model's rates would undo that.
 SMALL = (replace(TINY[0], steps=50, learning_rate=3e-4), replace(TINY[1], steps=30, learning_rate=3e-4))
 
-# 64 GPUs x 1 row of about 17 samples are 1,024 samples; one epoch of some 25 million.
+# 64 rows of about 17 samples are 1,024 samples; one epoch of some 25 million.
 CLUSTER = Phase(
     name="captions",
     steps=24_000,
-    rows_per_step=1,
+    rows_per_step=64,
     learning_rate=5e-5,
     data=DataConfig(
         sources=(SourceConfig("coyo_25m", 25), SourceConfig("mmc4_core", 7), SourceConfig("sharegpt4v", 1)),

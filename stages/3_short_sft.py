@@ -40,11 +40,11 @@ TINY = (
 
 SMALL = tuple(replace(phase, steps=steps, learning_rate=2e-4) for phase, steps in zip(TINY, (40, 40, 20), strict=True))
 
-# 8 frames are 1,568 tokens, so a row holds 2 videos or some 17 pictures: 64 GPUs x 4 rows are about 2,048 samples.
+# 8 frames are 1,568 tokens, so a row holds 2 videos or some 17 pictures: 256 rows are about 2,048 samples.
 CLUSTER = Phase(
     name="short",
     steps=1_000,
-    rows_per_step=4,
+    rows_per_step=256,
     learning_rate=2e-5,
     data=DataConfig(
         sources=(

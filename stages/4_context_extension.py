@@ -47,12 +47,12 @@ SMALL = (
     ),
 )
 
-# 16 data ranks (128 GPUs, 8 a row): 4M and 4M tokens a step, about 1.2 billion tokens in all.
+# 4M tokens a step, about 1.2 billion tokens in all.
 CLUSTER = (
     Phase(
         name="64k",
         steps=200,
-        rows_per_step=4,
+        rows_per_step=64,
         learning_rate=2e-5,
         schedule="constant",
         rope_theta=15.3e6,
@@ -61,7 +61,7 @@ CLUSTER = (
     Phase(
         name="256k",
         steps=100,
-        rows_per_step=1,
+        rows_per_step=16,
         learning_rate=2e-5,
         schedule="constant",
         rope_theta=207e6,

@@ -34,12 +34,12 @@ TINY = (
 
 SMALL = (replace(TINY[0], steps=25, learning_rate=1e-4), replace(TINY[1], steps=12, learning_rate=1e-4))
 
-# 256 frames are 50,176 tokens: a row of 131K holds two videos and their answers. 8 data ranks (64 GPUs, 8 a row) x 2
-# rows are 32 videos a step, so that 6 epochs of 15,292 videos are 2,867 steps.
+# 256 frames are 50,176 tokens: a row of 131K holds two videos and their answers. 16 rows are 32 videos
+# a step, so that 6 epochs of 15,292 videos are 2,867 steps.
 CLUSTER = Phase(
     name="256_frames",
     steps=2_867,
-    rows_per_step=2,
+    rows_per_step=16,
     learning_rate=2e-5,
     data=DataConfig(
         sources=(SourceConfig("shot2story_long"),),

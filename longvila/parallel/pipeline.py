@@ -105,8 +105,8 @@ def check_rows(rows: int, stages: int, field: str = "rows_per_step") -> None:
     rounds = max(1, rows // stages)
     if rows % rounds:
         raise ConfigError(
-            f"{rows} rows of a step cannot follow one another through parallel.pipeline={stages} stages in {rounds} "
-            f"equal rounds; make {field} a multiple of {stages}"
+            f"{rows} rows of each data rank cannot follow one another through parallel.pipeline={stages} stages in "
+            f"{rounds} equal rounds; choose {field} so that each data rank has a multiple of {stages}"
         )
 
 

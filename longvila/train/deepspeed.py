@@ -27,9 +27,10 @@ from longvila.apply import apply_folds
 from longvila.config import MixtureConfig, ShardingConfig, StageConfig
 from longvila.errors import ConfigError
 from longvila.model.vlm import LongVilaModel
-from longvila.parallel.fold import Fold
+from longvila.parallel.fold import Fold, check_world
 from longvila.parallel.packed import whole
 from longvila.parallel.pipeline import Pipeline
+from longvila.train.feed import rows_of_rank
 from longvila.train.optimizer import make_optimizer, set_learning_rate
 
 log = logging.getLogger(__name__)
@@ -57,7 +58,8 @@ def deepspeed_config(config: StageConfig, world: int) -> dict[str, Any]:
     if bf16 and config.engine == "zero1":
         raise ConfigError("engine=zero1 sums gradients in bf16 where precision=bf16; use zero2, which sums in fp32")
     file = _read(Path(config.deepspeed_json)) if config.deepspeed_json else {}
-    accumulation = {phase.rows_per_step for phase in config.phases}
+    num_data = check_world(config.parallel, world)
+    accumulation = {rows_of_rank(phase.rows_per_step, num_data, "rows_per_step") for phase in config.phases}
     # Rows are counted by the loop, which tells DeepSpeed when the last has come: to DeepSpeed every step is one row.
     batch = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "train_batch_size": world}
     decided: dict[str, Any] = {

@@ -26,7 +26,7 @@ from longvila.model.vlm import LongVilaModel
 from longvila.parallel.balance import Routers
 from longvila.parallel.fold import Fold
 from longvila.parallel.packed import as_pieces, as_placed, whole
-from longvila.parallel.pipeline import Pipeline, add_other_end, check_rows, from_stages, over_stages
+from longvila.parallel.pipeline import Pipeline, add_other_end, from_stages, over_stages
 from longvila.train.optimizer import make_optimizer, set_learning_rate
 
 
@@ -105,10 +105,6 @@ class FSDP2Engine:
     def __init__(self, model: LongVilaModel, fold: Fold, config: StageConfig) -> None:
         if staged := fold.num_stages > 1:
             make_optimizer(model, config.optimizer)  # says what is wrong with its groups while the model is whole
-            for phase in config.phases:
-                check_rows(phase.rows_per_step, fold.num_stages)
-            if config.validation:
-                check_rows(config.validation.rows, fold.num_stages, "validation.rows")
         self.routers, self.pipeline = apply_folds(
             model, fold, config.precision, config.recompute, config.recompute_keeps, config.sharding,
             config.tile_tokens, config.mixture, config.parallel,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from longvila.errors import DataError
+from longvila.errors import ConfigError, DataError
 from longvila.parallel.agree import Agreement, RowView, agree, row_digest
 from longvila.parallel.fold import Fold
 from longvila.shards.bad import BadSamples
@@ -31,6 +31,22 @@ class Step:
     """Its samples that got fewer frames than asked, since then."""
 
 
+def rows_of_rank(rows: int | None, num_data: int, field: str) -> int:
+    """Of so many rows over all data ranks, those that each reads.
+
+    Raises:
+        ConfigError: they cannot be shared out evenly.
+    """
+    if rows is None:
+        return 1
+    if rows < 1 or rows % num_data:
+        raise ConfigError(
+            f"{field}={rows} rows cannot be shared out evenly over {num_data} data ranks; make it a multiple of "
+            f"{num_data}, or choose ranks and parallel.* so that it is one"
+        )
+    return rows // num_data
+
+
 class RowFeed:
     """Endless steps over the epochs of a loader.
 
@@ -39,6 +55,11 @@ class RowFeed:
     """
 
     def __init__(self, loader: RowLoader, fold: Fold, rows_per_step: int, start: Cursor | None = None) -> None:
+        """
+        Args:
+            rows_per_step: of each data rank.
+            start: where the data stands.
+        """
         self.cursor = start or Cursor()
         """Where the data stands after the last step."""
         self._loader, self._fold, self._rows_per_step = loader, fold, rows_per_step

@@ -30,13 +30,14 @@ from longvila.model.vlm import LongVilaModel
 from longvila.parallel.agree import any_rank, barrier, max_over_world, sum_over_world
 from longvila.parallel.fold import Fold, experts_between_nodes, make_fold, start_world
 from longvila.parallel.lost import lost_ranks
+from longvila.parallel.pipeline import check_rows
 from longvila.shards.bad import BadSamples
 from longvila.shards.loader import RowLoader
 from longvila.shards.order import Cursor
 from longvila.train.anomaly import LossWatch
 from longvila.train.checkpoint import Checkpoints, Position, newest, read_position
 from longvila.train.engine import Engine, make_engine
-from longvila.train.feed import RowFeed
+from longvila.train.feed import RowFeed, rows_of_rank
 from longvila.train.flops import count_flops, peak_flops
 from longvila.train.interrupt import StopSignal
 from longvila.train.manifest import find_fault
@@ -78,6 +79,7 @@ def _train(config: StageConfig, run: Path, data: Path, profile: tuple[int, int] 
         return folder / "model"
     torch.manual_seed(config.seed)
     fold = make_fold(config.parallel, device.type)
+    check_batches(config, fold)
     state = _start(config, run, fold, device)
     if dry_run:
         _rehearse(state, folder, data)
@@ -191,7 +193,8 @@ def _run_steps(state: TrainingState, folder: Path, data: Path, profile: tuple[in
     position = resume(state.engine, checkpoints)
     if position.step:
         log.info("%s continues at step %d", config.name, position.step)
-    if (warning := other_batch(position, state.fold.num_data)) and dist.get_rank() == 0:
+    unset = any(phase.rows_per_step is None for phase in config.phases)
+    if unset and (warning := other_batch(position, state.fold.num_data)) and dist.get_rank() == 0:
         log.warning(warning)
     if config.validation:
         make_loader(state, config.validation.data, data)  # says now, and not after the first steps, what is missing
@@ -214,7 +217,7 @@ def _run_steps(state: TrainingState, folder: Path, data: Path, profile: tuple[in
             if feed is None or step_of_phase == 0:
                 start = position.cursor if step_of_phase else Cursor()
                 loader = make_loader(state, phase.data, data)
-                feed = RowFeed(loader, state.fold, phase.rows_per_step, start)
+                feed = RowFeed(loader, state.fold, rows_of_phase(config, index, state.fold), start)
                 enter_phase(state.model, config.phases[: index + 1])
                 watch = LossWatch()
             started = time.time()
@@ -245,6 +248,20 @@ def _run_steps(state: TrainingState, folder: Path, data: Path, profile: tuple[in
                     f"{config.name} was told to stop (SIGTERM) and saved step {done} of {config.steps}; the same "
                     f"command goes on from there"
                 )
+
+
+def rows_of_phase(config: StageConfig, index: int, fold: Fold) -> int:
+    """Rows of a step of a phase that each data rank reads."""
+    return rows_of_rank(config.phases[index].rows_per_step, fold.num_data, f"phases.{index}.rows_per_step")
+
+
+def check_batches(config: StageConfig, fold: Fold) -> None:
+    """Raises ConfigError where data ranks cannot share the rows of a step evenly, or no pipeline can take them."""
+    for index in range(len(config.phases)):
+        check_rows(rows_of_phase(config, index, fold), fold.num_stages, f"phases.{index}.rows_per_step")
+    if config.validation:
+        rows = rows_of_rank(config.validation.rows, fold.num_data, "validation.rows")
+        check_rows(rows, fold.num_stages, "validation.rows")
 
 
 def resume(engine: Engine, checkpoints: Checkpoints) -> Position:
@@ -280,19 +297,21 @@ def _rehearse(state: TrainingState, folder: Path, root: Path) -> None:
     log.info("%s: %d of %d steps are done", config.name, done, config.steps)
     if fault:
         log.warning("%s: %s; the checkpoint before it would be used", last, fault)
-    for phase in config.phases:
-        feed = RowFeed(make_loader(state, phase.data, root), state.fold, phase.rows_per_step)
+    for index, phase in enumerate(config.phases):
+        rows = rows_of_phase(config, index, state.fold)
+        feed = RowFeed(make_loader(state, phase.data, root), state.fold, rows)
         batch = feed.next_step()
         counts = [(sum(row.lengths), len(row.lengths), sum(row.num_frames)) for row in batch.rows]
         tokens, documents, frames = (sum(each) for each in zip(*counts, strict=True))
         log.info(
             "  %s: %d steps of %d rows of %d tokens at rate %g; the first: %d tokens in %d documents with %d frames on "
             "this data rank, %d targets in all; %d samples unusable",
-            phase.name, phase.steps, phase.rows_per_step * state.fold.num_data, phase.data.row_tokens,
+            phase.name, phase.steps, rows * state.fold.num_data, phase.data.row_tokens,
             phase.learning_rate, tokens, documents, frames, batch.num_targets, feed.bad.count,
         )  # fmt: skip
     if config.validation:
-        feed = RowFeed(make_loader(state, config.validation.data, root), state.fold, config.validation.rows)
+        rows = rows_of_rank(config.validation.rows, state.fold.num_data, "validation.rows")
+        feed = RowFeed(make_loader(state, config.validation.data, root), state.fold, rows)
         log.info("  validation: %d targets in all", feed.next_step().num_targets)
     log.info("everything but the steps was done; nothing was written")
 
@@ -303,7 +322,8 @@ def validate(state: TrainingState, validation: ValidationConfig, root: Path) -> 
     Raises:
         LongvilaError: on every rank, where those rows have no target.
     """
-    feed = RowFeed(make_loader(state, validation.data, root), state.fold, validation.rows)
+    rows = rows_of_rank(validation.rows, state.fold.num_data, "validation.rows")
+    feed = RowFeed(make_loader(state, validation.data, root), state.fold, rows)
     batch = feed.next_step()
     if batch.num_targets == 0:
         raise LongvilaError(f"no target token in {validation.rows} rows of validation data; ask for more rows")

@@ -206,7 +206,7 @@ def test_a_stage_without_experts_has_the_figures_and_losses_of_the_others():
 def test_rows_that_no_schedule_orders_are_refused():
     check_rows(1, 2)
     check_rows(6, 2)
-    with pytest.raises(ConfigError, match="rows_per_step a multiple of 2"):
+    with pytest.raises(ConfigError, match=r"choose rows_per_step so that each data rank has a multiple of 2"):
         check_rows(5, 2)
 
 

@@ -23,13 +23,21 @@ from longvila.bench.engines import (
 )
 from longvila.config import DataConfig, ParallelConfig, Phase, ShardingConfig, ValidationConfig
 from longvila.errors import ConfigError
+from longvila.parallel.fold import make_fold
 from longvila.parallel.launch import RankError, run_ranks
 from longvila.train import loop
 from longvila.train import step as step_module
 from longvila.train.checkpoint import Position
 from longvila.train.feed import IGNORE, Step
 from longvila.train.gradients import make_model, make_row, reference
-from longvila.train.loop import check_context, claim_folder, other_batch, part_checksums
+from longvila.train.loop import (
+    check_batches,
+    check_context,
+    claim_folder,
+    other_batch,
+    part_checksums,
+    rows_of_phase,
+)
 from longvila.train.step import take_step
 
 from .training_parts import RowList, whole_weights
@@ -241,7 +249,7 @@ def validate_rows(engine="fsdp2", dtype=torch.float64):
     state = make_state(ParallelConfig(inner=2), dtype, engine=engine)
     rows = make_rows(state.fold, range(20, 24))[state.fold.data_rank :: state.fold.num_data]
     loop.make_loader = lambda state, data, root: RowList(rows)
-    validation = ValidationConfig(DataConfig(()), rows=4 // state.fold.num_data)
+    validation = ValidationConfig(DataConfig(()), rows=4)
     losses = [loop.validate(state, validation, Path())]
     before = state.engine.weights()
     losses.append(loop.validate(state, validation, Path()))
@@ -281,6 +289,28 @@ def test_validation_is_the_same_under_deepspeed(engine):
     (found, untouched), _ = run_ranks(validate_rows, 2, engine, torch.float32)
     assert found == pytest.approx(expected, rel=1e-5)
     assert untouched
+
+
+def share_rows(parallel, rows, validated):
+    config = make_config(parallel)
+    phases = (dataclasses.replace(config.phases[0], rows_per_step=rows),)
+    validation = ValidationConfig(DataConfig(()), rows=validated)
+    config, fold = dataclasses.replace(config, phases=phases, validation=validation), make_fold(parallel, "cpu")
+    check_batches(config, fold)
+    return rows_of_phase(config, 0, fold)
+
+
+def test_data_ranks_share_the_rows_of_a_step():
+    assert run_ranks(share_rows, 2, ParallelConfig(), 6, 8) == [3, 3]
+    assert run_ranks(share_rows, 2, ParallelConfig(), None, 8) == [1, 1]
+    assert run_ranks(share_rows, 2, ParallelConfig(inner=2), 3, 7) == [3, 3]
+    for rows, validated, words in [
+        (3, 8, r"phases\.0\.rows_per_step=3 rows cannot be shared out evenly over 2 data ranks"),
+        (0, 8, r"phases\.0\.rows_per_step=0 rows"),
+        (4, 7, r"validation\.rows=7 rows cannot be shared out evenly over 2 data ranks"),
+    ]:
+        with pytest.raises(RankError, match=words):
+            run_ranks(share_rows, 2, ParallelConfig(), rows, validated)
 
 
 def test_steps_of_other_numbers_of_rows_are_warned_about():
