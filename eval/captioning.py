@@ -34,12 +34,13 @@ PROMPT = "Elaborate on the visual and narrative elements of the video in detail.
 
 
 def requests(
-    data: Path, frames: int = 1400, fps: float | None = 1.0, swap: bool = False, max_new_tokens: int = 256
+    data: Path, frames: int = 256, fps: float | None = 1.0, swap: bool = False, max_new_tokens: int = 256
 ) -> list[Request]:
     """One request a film.
 
     Args:
-        frames: the most frames of a film; past it, and always where `fps` is none, that many are spread over it.
+        frames: the most frames of a film, as many as stage 5 trains; past it, and always where `fps` is none, that many
+            are spread over it.
         fps: frames a second.
         swap: shows the frames of another film.
 

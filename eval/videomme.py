@@ -50,7 +50,7 @@ EARLIER = {
 
 def requests(
     data: Path,
-    frames: int = 1400,
+    frames: int = 256,
     fps: float | None = 1.0,
     subtitles: bool = False,
     swap: bool = False,
@@ -59,7 +59,8 @@ def requests(
     """One request a question.
 
     Args:
-        frames: the most frames of a film; past it, and always where `fps` is none, that many are spread over it.
+        frames: the most frames of a film, as many as stage 5 trains; past it, and always where `fps` is none, that many
+            are spread over it.
         fps: frames a second.
         subtitles: puts the lines shown at the sampled moments before the question.
         swap: shows the frames of another film of the same length class (subtitles stay the film's own): what the text

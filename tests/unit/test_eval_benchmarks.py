@@ -396,6 +396,12 @@ def test_an_option_out_of_its_range_is_refused_by_name(data, benchmark, options,
         benchmark.requests(data, **{**(GRID if benchmark is needle else {}), **options})
 
 
+@pytest.mark.parametrize("benchmark", [videomme, captioning])
+def test_a_long_film_is_shown_by_as_many_frames_as_stage_five_trains(benchmark):
+    trained = content.entry("stages", "5_long_sft")("7b", Path("models")).phases[-1].data.frames
+    assert content.parameters(benchmark.requests)["frames"].default == trained.frames == 256
+
+
 def test_files_beside_a_film_are_not_taken_for_it(data, tmp_path):
     shutil.copytree(data, tmp_path / "data")
     for name in ("001.info.json", "001.a.mp4"):
