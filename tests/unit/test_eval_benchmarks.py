@@ -426,6 +426,26 @@ def test_captions_are_scored_by_recall_overlap_and_how_many_differ(data):
     assert 0 < same["rouge_l"] < 0.8
 
 
+def test_without_events_the_recall_is_left_out_and_the_rest_is_scored(data, tmp_path):
+    shutil.copytree(data / "videos", tmp_path / "videos")
+    lines = [json.loads(line) for line in (data / "captions.jsonl").read_text().splitlines()]
+    none = [{name: value for name, value in line.items() if name != "events"} for line in lines]
+    none[1]["events"], none[2]["events"] = None, []
+    (tmp_path / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in none))
+    answerers = [ScriptedAnswerer(lambda question: "A red circle, then a dog.") for _ in range(2)]
+    with_events, without = (
+        run_benchmark(captioning, answerer, folder, tmp_path / f"out{number}")
+        for number, (answerer, folder) in enumerate(zip(answerers, (data, tmp_path), strict=True))
+    )
+    assert (with_events["event_recall"], with_events["num_events"]) == (1.0, 4)
+    assert (without["event_recall"], without["num_events"]) == (None, 0)
+    for name in ("rouge_l", "chrf", "num_films", "num_distinct"):
+        assert without[name] == with_events[name] > 0
+    (tmp_path / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [lines[0], *none[1:]]))
+    some = captioning.requests(tmp_path)
+    assert captioning.score(some, {request.id: "A red circle." for request in some})["event_recall"] == 1.0  # of one
+
+
 def test_a_swapped_film_keeps_its_reference(data):
     for request in captioning.requests(data, swap=True):
         assert Path(request.frames[0].path).stem == request.metadata["shown"] != request.id
@@ -439,6 +459,8 @@ def test_a_bad_line_of_captions_is_refused_by_its_number(data, tmp_path):
         ('{"video": "b"}', "line 3: lacks 'caption'"),
         ("{", "line 3: not JSON"),
         (json.dumps({**line, "video": "b", "events": "red"}), "line 3: 'events' is 'red'; it must be a list of texts"),
+        ('{"video": "b", "caption": " - "}', "line 3: ' - ' has no word"),
+        (json.dumps({**line, "video": "b", "events": ["c", ""]}), "line 3: '' has no word"),
         (json.dumps({**line, "caption": "d"}), "lines 1 and 3: the film 'a' is listed twice"),
     ):
         (tmp_path / "captions.jsonl").write_text(f"{json.dumps(line)}\n\n{wrong}\n")
