@@ -3,11 +3,12 @@
     longvila eval captioning --checkpoint DIR --data FOLDER
 
 FOLDER/captions.jsonl holds {"video", "caption", "events"} lines: the film (below FOLDER/videos/ or FOLDER), a reference
-caption, and phrases for what happens. The prompt is LongVILA's (Chen et al. 2024), whose 0-5 judge is a closed model.
-Measured here:
+caption, and, where they are known, phrases for what happens. The prompt is LongVILA's (Chen et al. 2024), whose 0-5
+judge is a closed model. Measured here:
 
 - event recall: the share of events named in the caption. An event is named when its words stand in the caption one
-  after the other; case and punctuation aside. Recall is taken over all events of all films.
+  after the other; case and punctuation aside. Recall is taken over all events of all films, and is null where none has
+  any.
 - ROUGE-L, F-measure with stemming (Lin 2004; rouge-score), mean over films, 0 to 1.
 - chrF of the whole set of captions (Popovic 2015; sacrebleu), 0 to 100.
 - how many captions differ: one caption for every film is no caption.
@@ -25,7 +26,7 @@ from typing import Any
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics.chrf import CHRF
 
-from longvila.errors import ConfigError, DataError
+from longvila.errors import ConfigError
 from longvila.evaluate.files import check_fields, read_json_lines
 from longvila.evaluate.films import check_at_least_one, derangement, film_refs, film_sampling, find_film, spread
 from longvila.evaluate.runner import Request
@@ -34,12 +35,13 @@ PROMPT = "Elaborate on the visual and narrative elements of the video in detail.
 
 
 def requests(
-    data: Path, frames: int = 1400, fps: float | None = 1.0, swap: bool = False, max_new_tokens: int = 256
+    data: Path, frames: int = 256, fps: float | None = 1.0, swap: bool = False, max_new_tokens: int = 256
 ) -> list[Request]:
     """One request a film.
 
     Args:
-        frames: the most frames of a film; past it, and always where `fps` is none, that many are spread over it.
+        frames: the most frames of a film, as many as stage 5 trains; past it, and always where `fps` is none, that many
+            are spread over it.
         fps: frames a second.
         swap: shows the frames of another film.
 
@@ -67,16 +69,26 @@ def read_captions(data: Path) -> dict[str, dict[str, Any]]:
     """The lines of captions.jsonl by film name."""
     path = data / "captions.jsonl"
     if not path.is_file():
-        raise ConfigError(f"{path}: no such file; it holds {{video, caption, events}} lines")
+        raise ConfigError(f"{path}: no such file; it holds {{video, caption}} lines, with events where they are known")
     films: dict[str, dict[str, Any]] = {}
     lines: dict[str, int] = {}
     for number, film in read_json_lines(path):
-        check_fields(film, f"{path}, line {number}", {"video": str, "caption": str, "events": list[str]})
+        _check_line(film, f"{path}, line {number}")
         name = film["video"]
         if name in films:
             raise ConfigError(f"{path}, lines {lines[name]} and {number}: the film '{name}' is listed twice; keep one")
-        films[name], lines[name] = {"caption": film["caption"], "events": film["events"]}, number
+        films[name], lines[name] = {"caption": film["caption"], "events": film.get("events") or []}, number
     return films
+
+
+def _check_line(film: Any, where: str) -> None:
+    """Raises ConfigError where a line cannot be scored: that is not to be found out after the last film."""
+    check_fields(film, where, {"video": str, "caption": str})
+    if film.get("events") is not None:
+        check_fields(film, where, {"events": list[str]})
+    for text in (film["caption"], *(film.get("events") or ())):
+        if not _words(text):
+            raise ConfigError(f"{where}: {text!r} has no word that a caption could have; mend or remove it")
 
 
 def score(requests: Sequence[Request], responses: Mapping[str, str | None]) -> dict[str, Any]:
@@ -85,13 +97,11 @@ def score(requests: Sequence[Request], responses: Mapping[str, str | None]) -> d
     references = {request.id: request.metadata["caption"] for request in requests}
     found = {request.id: named_events(captions[request.id], request.metadata["events"]) for request in requests}
     num_events = sum(len(request.metadata["events"]) for request in requests)
-    if num_events == 0:
-        raise DataError("captions.jsonl names no events, so there is no recall to measure")
     rouge = RougeScorer(["rougeL"], use_stemmer=True)
     rouge_l = [rouge.score(references[name], captions[name])["rougeL"].fmeasure for name in captions]
     chrf = CHRF().corpus_score(list(captions.values()), [list(references.values())]).score
     return {
-        "event_recall": sum(map(len, found.values())) / num_events,
+        "event_recall": sum(map(len, found.values())) / num_events if num_events else None,
         "num_events": num_events,
         "rouge_l": sum(rouge_l) / len(rouge_l),
         "chrf": chrf,

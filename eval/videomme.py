@@ -4,8 +4,10 @@
 
 FOLDER holds `videomme.json` in the layout of the official result file (without "response"; fields in the spelling of
 2025 or of 2024, see `EARLIER`), `videos/` with films named by "video_id", and `subtitles/` with .srt files of the same
-names. The prompt is the official one. What the official script reads is written beside the scores, in the spelling that
-was read: `videomme-result.json`.
+names. Or it is the release as it lies on the hub, unpacked: `videomme/test-*.parquet` with a row for each question,
+`data/` and `subtitle/` with files named by "videoID". Rows may also stand in videomme.json, and parquet beside it;
+either name and either folder will do. The prompt is the official one. What the official script reads is written beside
+the scores, in the spelling that was read: `videomme-result.json`.
 
 Two protocols are in use, and both are reported, since they may differ on the same answers:
 
@@ -26,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from longvila.errors import ConfigError
-from longvila.evaluate.files import check_fields, read_json_list
+from longvila.evaluate.files import check_fields, read_json_list, read_parquet_rows
 from longvila.evaluate.films import check_at_least_one, derangement, film_refs, film_sampling, find_film, spread
 from longvila.evaluate.runner import FrameRef, Request
 from longvila.media import read_subtitles
@@ -39,6 +41,8 @@ DURATIONS = ("short", "medium", "long")
 
 FILM = {"video_id": str, "duration": str, "domain": str, "sub_category": str, "questions": list}
 QUESTION = {"question_id": str, "task_type": str, "question": str, "options": list[str], "answer": str}
+OF_RELEASE = ("url", "videoID")
+"""Further fields of a film, in the rows of the release."""
 EARLIER = {
     "duration": "duration_category",
     "domain": "video_category",
@@ -50,7 +54,7 @@ EARLIER = {
 
 def requests(
     data: Path,
-    frames: int = 1400,
+    frames: int = 256,
     fps: float | None = 1.0,
     subtitles: bool = False,
     swap: bool = False,
@@ -59,25 +63,26 @@ def requests(
     """One request a question.
 
     Args:
-        frames: the most frames of a film; past it, and always where `fps` is none, that many are spread over it.
+        frames: the most frames of a film, as many as stage 5 trains; past it, and always where `fps` is none, that many
+            are spread over it.
         fps: frames a second.
         subtitles: puts the lines shown at the sampled moments before the question.
         swap: shows the frames of another film of the same length class (subtitles stay the film's own): what the text
             alone gives away.
 
     Raises:
-        ConfigError: an option out of its range, videomme.json missing or not in the official layout, a film with
-            several files, or a class to swap in with one film.
+        ConfigError: an option out of its range, questions missing or not as official or released, a film with several
+            files, or a class to swap in with one film.
     """
     sampling = film_sampling(frames, fps)
     check_at_least_one(max_new_tokens=max_new_tokens)
     films = read_films(data)
     shown = _swapped(films) if swap else {film["video_id"]: film["video_id"] for film in films}
-    refs = {film["video_id"]: film_refs(find_film([data / "videos"], film["video_id"]), sampling) for film in films}
+    refs = {film["video_id"]: film_refs(film_file(data, film), sampling) for film in films}
     asked = []
     for film in films:
         video_id = film["video_id"]
-        lines = _subtitles(data / "subtitles" / f"{video_id}.srt", refs[video_id]) if subtitles else []
+        lines = _subtitles(data, film, refs[video_id]) if subtitles else []
         for question in film["questions"]:
             metadata = {"film": {key: value for key, value in film.items() if key != "questions"}}
             asked.append(
@@ -93,16 +98,58 @@ def requests(
 
 
 def read_films(data: Path) -> list[dict[str, Any]]:
-    """The films of videomme.json, each checked for the fields of the official layout."""
+    """The films of videomme.json, or else of the release's parquet, each checked for the fields of the official layout.
+
+    Where a file has a row for each question, the rows of a film are put together.
+    """
     path = data / "videomme.json"
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such file; it holds the questions in VideoMME's official layout")
-    films = read_json_list(path)
-    for number, film in enumerate(films, 1):
-        _check(film, f"{path}, film {number}", FILM)
+    if path.is_file():
+        named = [(f"{path}, film {number}", entry) for number, entry in enumerate(read_json_list(path), 1)]
+    else:
+        files = sorted(file for folder in (data, data / "videomme") for file in folder.glob("test-*.parquet"))
+        named = [
+            (f"{file}, row {number}", row)
+            for file in files
+            for number, row in enumerate(read_parquet_rows(file, path), 1)
+        ]
+        if not files:
+            raise ConfigError(
+                f"{path}: no such file; it holds the questions in VideoMME's official layout (the release's "
+                f"test-*.parquet is taken as well, here or in {data / 'videomme'})"
+            )
+    if named and isinstance(named[0][1], dict) and "question_id" in named[0][1]:
+        named = _group(named)
+    for where, film in named:
+        _check(film, where, FILM)
         for place, question in enumerate(film["questions"], 1):
             _check(question, f"{path}, film {film['video_id']}, question {place}", QUESTION)
-    return films
+    return [film for _, film in named]
+
+
+def _group(rows: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """Films from rows of one question each, with the place of their first row."""
+    films: dict[str, tuple[str, dict[str, Any]]] = {}
+    for where, row in rows:
+        _check(row, where, {name: kind for name, kind in {**FILM, **QUESTION}.items() if name != "questions"})
+        names = {*(spelling(row, name) for name in FILM), *OF_RELEASE}
+        film = {name: value for name, value in row.items() if name in names}
+        first, known = films.setdefault(row["video_id"], (where, {**film, "questions": []}))
+        if {**known, "questions": []} != {**film, "questions": []}:
+            raise ConfigError(f"{where}: film {row['video_id']} is not as in {first}; one of the rows is wrong")
+        known["questions"].append({name: value for name, value in row.items() if name not in names})
+    return list(films.values())
+
+
+def film_names(film: Mapping[str, Any]) -> list[str]:
+    """What the files of a film may be called."""
+    return [str(film[name]) for name in ("videoID", "video_id") if film.get(name)]
+
+
+def film_file(data: Path, film: Mapping[str, Any]) -> Path:
+    """The file of a film; where there is none, where it would be."""
+    folders = [data / name for name in ("videos", "data") if (data / name).is_dir()] or [data / "videos"]
+    files = [find_film(folders, name) for name in film_names(film)]
+    return next((file for file in files if file.is_file()), files[0])
 
 
 def _check(entry: Any, where: str, fields: Mapping[str, Any]) -> None:
@@ -256,9 +303,11 @@ def _swapped(films: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     return shown
 
 
-def _subtitles(path: Path, refs: Sequence[FrameRef]) -> list[str]:
+def _subtitles(data: Path, film: Mapping[str, Any], refs: Sequence[FrameRef]) -> list[str]:
     """Lines shown at any of the sampled moments, once each, in order. Not every film has a file."""
-    if not path.is_file():
+    files = [data / folder / f"{name}.srt" for name in film_names(film) for folder in ("subtitles", "subtitle")]
+    path = next(filter(Path.is_file, files), None)
+    if path is None:
         return []
     moments = [ref.seconds or 0.0 for ref in refs]
     shown = [each.line for each in read_subtitles(path) if any(each.begin <= moment < each.end for moment in moments)]

@@ -108,7 +108,8 @@ def _captioning(variants: dict[str, Any]) -> list[Condition]:
     recall = final.get("event_recall")
 
     def over(other: dict[str, Any], name: str) -> Condition:
-        bound = RECALL_FACTOR * other["event_recall"] if "event_recall" in other else None
+        control = other.get("event_recall")  # None also where no reference names events
+        bound = None if control is None else RECALL_FACTOR * control
         condition = _at_least(f"event recall, {RECALL_FACTOR:g} x {name}", recall, bound)
         return {**condition, "holds": condition["holds"] and bool(recall)}  # nothing recalled beats nobody
 

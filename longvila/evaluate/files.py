@@ -1,9 +1,10 @@
-"""JSON files of a run or a benchmark, read so that what is wrong in one is said with its name and its line."""
+"""JSON and parquet files of a run or a benchmark, read so that what is wrong is said with the file's name and line."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,28 @@ def read_json_lines(path: Path) -> list[tuple[int, Any]]:
         except json.JSONDecodeError as error:
             raise ConfigError(f"{path}, line {number}: not JSON ({error}); mend or remove the line") from None
     return lines
+
+
+def read_parquet_rows(path: Path, instead: Path) -> list[dict[str, Any]]:
+    """The rows of a parquet file.
+
+    Args:
+        instead: the JSON file that is read where it holds the same rows.
+
+    Raises:
+        ConfigError: not a parquet file, or pyarrow is not installed.
+    """
+    try:
+        parquet = import_module("pyarrow.parquet")
+    except ImportError:
+        raise ConfigError(
+            f"{path}: reading parquet takes pyarrow, which is not installed; pip install pyarrow, or write the rows "
+            f"as a JSON list to {instead}"
+        ) from None
+    try:
+        return parquet.read_table(path).to_pylist()
+    except (ValueError, OSError) as error:  # what pyarrow raises is one or the other
+        raise ConfigError(f"{path}: not a parquet file ({error}); fetch it again") from None
 
 
 def check_fields(entry: Any, where: str, fields: Mapping[str, Any]) -> None:

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import track
 
 from longvila.errors import ConfigError, DataError
+from longvila.evaluate.context import check_frames_fit
 from longvila.evaluate.examples import save_example_frames
 from longvila.evaluate.frames import FrameTokens
 from longvila.evaluate.request import FrameRef, Request, evaluation_order, request_key, share_of_rank
@@ -61,12 +62,13 @@ def run_benchmark(
         What rank 0 wrote to `scores.json`; None on the other ranks.
 
     Raises:
-        ConfigError: the benchmark has no requests, or asks two under one id.
+        ConfigError: the benchmark has no requests, asks two under one id, or shows more frames than fit.
         DataError: no request at all could be answered, or another rank stopped answering.
     """
     begin = time.monotonic()
     requests = benchmark.requests(data, **(options or {}))
     _check_requests(requests, data)
+    check_frames_fit(requests, answerer, benchmark.requests, options or {})
     out.mkdir(parents=True, exist_ok=True)
     keys = {request.id: request_key(request, answerer.fingerprint) for request in requests}
     known = read_responses(out)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from PIL import Image
+from transformers import Qwen3Config
 
 from longvila.evaluate.runner import FrameRef
 from longvila.generate.answer import Answerer
 from longvila.model import build_model
+from longvila.model.chat import prepare_tokenizer
 
-from .model_parts import model_config
+from .model_parts import byte_tokenizer, model_config
 from .video_fixtures import make_video
 
 FILMS = {"001": "short", "002": "short", "003": "long", "004": "long"}
@@ -60,15 +63,21 @@ def evaluation_folder(folder: Path, haystack_seconds: int = 12) -> Path:
 
 
 class ScriptedAnswerer:
-    """Answers by rule instead of by model, and counts what it was asked; each frame's tokens are its mean colour."""
+    """Answers by rule instead of by model, and counts what it was asked; each frame is one token, its mean colour."""
 
     fingerprint = "scripted"
 
-    def __init__(self, rule=lambda question: "A"):
+    def __init__(self, rule=lambda question: "A", context: int = 32_768):
         self.rule = rule
         self.asked: list[str] = []
         self.num_encoded = 0
-        self.model = type("Model", (), {"vision": type("Vision", (), {"image_size": 32})})
+        self.tokenizer = byte_tokenizer()
+        prepare_tokenizer(self.tokenizer)
+        self.model = SimpleNamespace(
+            vision=SimpleNamespace(image_size=32),
+            projector=SimpleNamespace(tokens_per_frame=1),
+            language_model=SimpleNamespace(config=Qwen3Config(max_position_embeddings=context)),
+        )
 
     def encode(self, frames: torch.Tensor) -> torch.Tensor:
         self.num_encoded += len(frames)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -315,6 +316,93 @@ def test_a_question_file_that_is_missing_or_no_list_of_films_is_refused_by_name(
             videomme.requests(tmp_path)
 
 
+def release(data: Path, folder: Path) -> list[dict]:
+    """`data` as the hub has it: films and subtitles by another name, and what is asked as a row for each question."""
+    rows = []
+    for film in json.loads((data / "videomme.json").read_text()):
+        name = f"yt-{film['video_id']}"
+        for ours, theirs in (("videos/{}.mp4", "data/{}.mp4"), ("subtitles/{}.srt", "subtitle/{}.srt")):
+            (folder / theirs).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(data / ours.format(film["video_id"]), folder / theirs.format(name))
+        known = {**film, "url": f"https://videos.example/{name}", "videoID": name}
+        del known["questions"]
+        rows += [{**known, **question} for question in film["questions"]]
+    return rows
+
+
+def parts(requests: list) -> list:
+    """All of the requests but where their frames lie."""
+    return [(r.id, r.question, [ref.seconds for ref in r.frames], r.metadata["question"]) for r in requests]
+
+
+def test_rows_of_the_release_ask_what_the_official_layout_asks(data, tmp_path):
+    rows = release(data, tmp_path)
+    order = [*rows[::2], *rows[1::2]]  # the questions of a film need not stand together
+    (tmp_path / "videomme.json").write_text(json.dumps(order))
+    asked = videomme.requests(tmp_path, frames=3, subtitles=True)
+    assert parts(asked) == parts(videomme.requests(data, frames=3, subtitles=True))
+    assert [Path(request.frames[0].path).name for request in asked[::2]] == [f"yt-{name}.mp4" for name in FILMS]
+    assert "Early in 001" in asked[0].question
+    videomme.export(asked, {request.id: "B" for request in asked}, tmp_path)
+    (film, *_) = json.loads((tmp_path / "videomme-result.json").read_text())
+    assert (film["videoID"], film["domain"], len(film["questions"])) == ("yt-001", "Knowledge", 2)
+    assert set(film["questions"][0]) == {"question_id", "task_type", "question", "options", "answer", "response"}
+
+
+@pytest.mark.parametrize("names", [("videos", "subtitles"), ("data", "subtitles"), ("videos", "subtitle")])
+@pytest.mark.parametrize("prefix", ["", "yt-"])
+def test_films_and_subtitles_are_found_by_either_name_in_either_folder(data, tmp_path, names, prefix):
+    (tmp_path / "videomme.json").write_text(json.dumps(release(data, tmp_path / "release")))
+    for ours, theirs in zip(("videos", "subtitles"), names, strict=True):
+        for file in sorted((data / ours).iterdir()):
+            (tmp_path / theirs).mkdir(exist_ok=True)
+            shutil.copy(file, tmp_path / theirs / f"{prefix}{file.name}")
+    for request in videomme.requests(tmp_path, frames=3, subtitles=True):
+        assert Path(request.frames[0].path) == tmp_path / names[0] / f"{prefix}{request.id[:3]}.mp4"
+        assert f"Early in {request.id[:3]}" in request.question
+
+
+@pytest.mark.parametrize("folder", [".", "videomme"])
+def test_the_parquet_of_the_release_is_read_part_by_part(data, tmp_path, folder):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    rows = release(data, tmp_path)
+    (tmp_path / folder).mkdir(exist_ok=True)
+    for part, some in enumerate((rows[:3], rows[3:])):  # a film's questions in two parts
+        parquet.write_table(pyarrow.Table.from_pylist(some), tmp_path / folder / f"test-0000{part}-of-00002.parquet")
+    assert parts(videomme.requests(tmp_path, frames=3, subtitles=True)) == parts(
+        videomme.requests(data, frames=3, subtitles=True)
+    )
+    (tmp_path / folder / "test-00000-of-00002.parquet").write_bytes(b"a page, not found")
+    with pytest.raises(ConfigError, match=r"test-00000-of-00002\.parquet: not a parquet file"):
+        videomme.requests(tmp_path)
+
+
+def test_parquet_without_pyarrow_is_refused_with_both_ways_out(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    (tmp_path / "test-00000-of-00001.parquet").write_bytes(b"PAR1")
+    with pytest.raises(
+        ConfigError, match=r"test-00000-of-00001\.parquet: .* pip install pyarrow, or .* to .*videomme\.json"
+    ):
+        videomme.requests(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"domain": None}, "film 2: lacks 'domain'"),
+        ({"options": "AB"}, "film 2: 'options' is 'AB'; it must be a list of texts"),
+        ({"videoID": "other"}, r"film 2: film 001 is not as in .*film 1; one of the rows is wrong"),
+    ],
+)
+def test_a_row_that_is_not_as_it_must_be_is_refused_by_its_place(data, tmp_path, change, words):
+    rows = release(data, tmp_path)
+    rows[1] = {name: value for name, value in {**rows[1], **change}.items() if value is not None}
+    (tmp_path / "videomme.json").write_text(json.dumps(rows))
+    with pytest.raises(ConfigError, match=rf"videomme\.json, {words}"):
+        videomme.requests(tmp_path)
+
+
 # --- captioning
 
 
@@ -338,6 +426,26 @@ def test_captions_are_scored_by_recall_overlap_and_how_many_differ(data):
     assert 0 < same["rouge_l"] < 0.8
 
 
+def test_without_events_the_recall_is_left_out_and_the_rest_is_scored(data, tmp_path):
+    shutil.copytree(data / "videos", tmp_path / "videos")
+    lines = [json.loads(line) for line in (data / "captions.jsonl").read_text().splitlines()]
+    none = [{name: value for name, value in line.items() if name != "events"} for line in lines]
+    none[1]["events"], none[2]["events"] = None, []
+    (tmp_path / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in none))
+    answerers = [ScriptedAnswerer(lambda question: "A red circle, then a dog.") for _ in range(2)]
+    with_events, without = (
+        run_benchmark(captioning, answerer, folder, tmp_path / f"out{number}")
+        for number, (answerer, folder) in enumerate(zip(answerers, (data, tmp_path), strict=True))
+    )
+    assert (with_events["event_recall"], with_events["num_events"]) == (1.0, 4)
+    assert (without["event_recall"], without["num_events"]) == (None, 0)
+    for name in ("rouge_l", "chrf", "num_films", "num_distinct"):
+        assert without[name] == with_events[name] > 0
+    (tmp_path / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [lines[0], *none[1:]]))
+    some = captioning.requests(tmp_path)
+    assert captioning.score(some, {request.id: "A red circle." for request in some})["event_recall"] == 1.0  # of one
+
+
 def test_a_swapped_film_keeps_its_reference(data):
     for request in captioning.requests(data, swap=True):
         assert Path(request.frames[0].path).stem == request.metadata["shown"] != request.id
@@ -351,6 +459,8 @@ def test_a_bad_line_of_captions_is_refused_by_its_number(data, tmp_path):
         ('{"video": "b"}', "line 3: lacks 'caption'"),
         ("{", "line 3: not JSON"),
         (json.dumps({**line, "video": "b", "events": "red"}), "line 3: 'events' is 'red'; it must be a list of texts"),
+        ('{"video": "b", "caption": " - "}', "line 3: ' - ' has no word"),
+        (json.dumps({**line, "video": "b", "events": ["c", ""]}), "line 3: '' has no word"),
         (json.dumps({**line, "caption": "d"}), "lines 1 and 3: the film 'a' is listed twice"),
     ):
         (tmp_path / "captions.jsonl").write_text(f"{json.dumps(line)}\n\n{wrong}\n")
@@ -394,6 +504,12 @@ def test_one_film_cannot_be_swapped(tmp_path):
 def test_an_option_out_of_its_range_is_refused_by_name(data, benchmark, options, words):
     with pytest.raises(ConfigError, match=words):
         benchmark.requests(data, **{**(GRID if benchmark is needle else {}), **options})
+
+
+@pytest.mark.parametrize("benchmark", [videomme, captioning])
+def test_a_long_film_is_shown_by_as_many_frames_as_stage_five_trains(benchmark):
+    trained = content.entry("stages", "5_long_sft")("7b", Path("models")).phases[-1].data.frames
+    assert content.parameters(benchmark.requests)["frames"].default == trained.frames == 256
 
 
 def test_files_beside_a_film_are_not_taken_for_it(data, tmp_path):

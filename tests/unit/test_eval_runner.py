@@ -11,6 +11,7 @@ import torch
 from longvila import content
 from longvila.errors import ConfigError, DataError, MediaError
 from longvila.evaluate import frames as frames_module
+from longvila.evaluate.context import check_frames_fit
 from longvila.evaluate.frames import FrameTokens
 from longvila.evaluate.request import FrameRef, Request, evaluation_order, share_of_rank
 from longvila.evaluate.runner import run_benchmark
@@ -174,6 +175,47 @@ def test_a_damaged_frame_that_nobody_needs_yet_harms_no_request(video):
     assert tokens(film(video, 0.0)).shape == (1, 1, 3)
     with pytest.raises(MediaError):
         tokens(late.frames)
+
+
+@pytest.mark.parametrize(
+    ("ask", "options", "frames", "way_out"),
+    [
+        (lambda data, frames=9: None, {}, 6, "give -o frames=6"),
+        (lambda data, frames=4: None, {"frames": 9}, 6, "give -o frames=6"),
+        (lambda data, frames=(2, 5, 8): None, {}, 6, "give lengths of up to 5: -o frames=2,5"),
+        (lambda data, frames=(2,): None, {"frames": (6, 8)}, 6, "give lengths of up to 5: -o frames=5"),
+        (lambda data, frames=(2, 5, 8): None, {}, 1, "show at most 1 in each"),  # no room beside the needle
+        (lambda data, **options: None, {}, 6, "show at most 6 in each"),
+    ],
+)
+def test_frames_that_cannot_fit_are_told_at_once_with_the_way_out(tmp_path, ask, options, frames, way_out):
+    answerer = ScriptedAnswerer(context=21 + 4 + 4 * frames + 3)  # a prompt of "?" has 21 tokens, its answer 4
+    answerer.model.projector.tokens_per_frame = 4
+    shown = film(tmp_path / "film.mp4", *map(float, range(9)))
+    requests = [Request(f"q{count}", shown[:count], "?", 4) for count in (1, 7, 9)]
+    with pytest.raises(ConfigError) as refused:
+        check_frames_fit([*requests, Request("words", shown, "?" * 100, 4)], answerer, ask, options)
+    assert str(refused.value) == (
+        "2 of 4 prompts are too long for the model: they show up to 9 frames of 4 tokens, but beside its words and its "
+        f"answer each can have {frames} in the model's context of {28 + 4 * frames} tokens; {way_out}"
+    )
+    check_frames_fit([Request("fits", shown[:frames], "?", 4)], answerer, ask, options)
+
+
+def test_the_frames_that_a_refusal_names_are_the_most_that_every_question_can_have(tmp_path):
+    data, videomme = evaluation_folder(tmp_path / "data"), content.load("eval", "videomme")
+    answerer = tiny_answerer(tmp_path / "base", qwen3(max_position_embeddings=300))
+    options = {"frames": 12, "fps": None}
+    with pytest.raises(
+        ConfigError, match=r"8 of 8 prompts are too long.* up to 12 frames of 4 .*; give -o frames=\d+"
+    ) as refused:
+        run_benchmark(videomme, answerer, data, tmp_path / "out", options=options)
+    assert not (tmp_path / "out").exists()
+    most = int(str(refused.value).rpartition("=")[2])
+    scores = run_benchmark(videomme, answerer, data, tmp_path / "out", options={**options, "frames": most})
+    assert not scores["failed"]
+    with pytest.raises(ConfigError, match=rf"up to {most + 1} frames"):
+        run_benchmark(videomme, answerer, data, tmp_path / "out", options={**options, "frames": most + 1})
 
 
 def test_a_real_model_runs_each_benchmark_and_prompts_past_its_context_are_counted(tmp_path):
