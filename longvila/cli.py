@@ -345,7 +345,7 @@ def export(
 
 @verb
 def report(run: Run) -> None:
-    """Gather a run's figures into report.json and report.html; fails where a bar is missed."""
+    """Gather a run's figures into report.json and report.html; of the demo, fails where a bar is missed."""
     from longvila.evaluate.report import write_report
 
     _print_bars(write_report(run))

@@ -14,7 +14,7 @@ if [ $# -gt 0 ] || [[ ! $scale =~ ^(tiny|small)$ ]]; then
     echo "usage: scripts/demo.sh [--scale tiny|small]" >&2
     exit 2
 fi
-run=runs/demo films=() haystacks=()
+run=runs/demo films=(--option frames=1400) haystacks=()
 if [ "$scale" = small ]; then # a hundred times the tiny model's work for a token: fewer frames and answers
     run=runs/demo-small films=(--option frames=32) haystacks=(--option frames=16,32,64,128 --option answers=5)
 fi

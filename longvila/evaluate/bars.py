@@ -1,4 +1,4 @@
-"""The bars a run is held to, computed from the tables of its report.
+"""The bars the demo is held to (a run with `timing.json`), computed from the tables of its report.
 
 A bar is {name, value, bound, holds, conditions}. Value and bound are those of its first condition; it holds when all of
 its conditions do. A figure that is absent makes its bar fail: nothing is assumed.

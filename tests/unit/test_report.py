@@ -64,15 +64,23 @@ def test_a_run_without_a_finished_stage_is_refused_and_says_what_is_missing(run,
         write_report(run)
 
 
+def test_a_run_that_is_not_the_demo_has_figures_and_no_bars(run):
+    (run / "timing.json").unlink()
+    report = write_report(run)
+    assert (report["bars"], report["minutes"]) == ([], None)
+    assert report["evaluations"]["needle"]["final"]["mean"] == 1.0
+    assert "What the run is held to" not in (run / "report.html").read_text()
+
+
 def test_what_is_absent_is_shown_as_absent_and_fails_its_bar(run):
-    for path in ("eval", "gradients.json", "timing.json"):
+    for path in ("eval", "gradients.json"):
         shutil.rmtree(run / path) if (run / path).is_dir() else (run / path).unlink()
     (run / "2_pretraining" / "summary.json").unlink()
     report = write_report(run)
     assert report["unfinished_stages"] == ["2_pretraining"]
     assert report["evaluations"] == {}
-    assert [entry["name"] for entry in report["bars"] if entry["holds"]] == ["stage1_only_projector_moved"]
-    assert all(bar(report, name)["value"] is None for name in NAMES[1:])
+    assert [entry["name"] for entry in report["bars"] if entry["holds"]] == [NAMES[0], "demo_minutes"]
+    assert all(bar(report, name)["value"] is None for name in NAMES[1:-1])
     page = (run / "report.html").read_text()
     assert "Begun, but not finished: 2_pretraining" in page
     for benchmark in ("needle", "VideoMME", "captioning"):
