@@ -308,9 +308,18 @@ def caption(
     frames: Annotated[int, typer.Option(min=1, help="Frames to look at, one a second at most.")] = 256,
     tiles: Annotated[int, typer.Option(min=1, help="Tiles at most of an image, as in training; 1: whole alone.")] = 1,
     question: Annotated[str | None, typer.Option(help="What to ask; a detailed description when not given.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a caption at most.")] = 256,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.jsonl", help="Write captions there too; films it has with this question are left out."
+        ),
+    ] = None,
     dtype: Dtype = "auto",
 ) -> None:
     """Caption videos, or ask them a question."""
+    if out is not None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ConfigError("--out: each rank would write every caption into the file; caption without torchrun")
     from longvila.config import FrameSampling
     from longvila.generate import caption as captioning
 
@@ -319,11 +328,15 @@ def caption(
         path,
         FrameSampling("fps", frames=frames, fps=1.0, tiles=tiles),
         question or captioning.QUESTION,
+        max_new_tokens,
         on_file=lambda file: output.print(f"\n[bold]{escape(str(file))}[/]"),
         on_text=lambda text: output.print(text, end="", markup=False),
+        on_cut=lambda file: output.print(f" [yellow]... cut at {max_new_tokens} tokens[/]", end=""),
         on_failure=lambda file, reason: errors.print(f"\n[bold red]skipped[/] {escape(reason)}"),
+        out=out,
     )
-    output.print(f"\n{len(report.captions)} captioned, {len(report.failed)} skipped")
+    known = f", {len(report.known)} were in {out} already" if report.known else ""
+    output.print(f"\n{len(report.captions)} captioned, {len(report.failed)} skipped{known}", markup=False)
 
 
 @verb

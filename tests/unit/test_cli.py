@@ -15,6 +15,7 @@ from longvila.cli import _weight_type, app
 from longvila.model import save_model
 
 from .eval_parts import tiny_answerer
+from .video_fixtures import make_video
 
 VERBS = ["pack", "base", "train", "eval", "caption", "export", "report", "gradients", "doctor"]
 HEAVY = ["torch", "transformers", "open_clip", "av", "webdataset", "numpy", "PIL"]
@@ -121,6 +122,28 @@ def test_evaluation_and_captions_run_in_the_type_that_is_asked_for(
     result = runner.invoke(app, ["eval", "needle", "--data", str(tmp_path), "--out", str(tmp_path / "out"), *common])
     assert result.exit_code == 0, result.output
     assert [answerer.model.dtype for answerer in seen] == [dtype, dtype]
+
+
+def test_captions_say_where_they_are_cut_and_are_kept_in_a_file(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    films, out = tmp_path / "films", tmp_path / "captions.jsonl"
+    films.mkdir()
+    (films / "a.mp4").write_bytes(make_video(4))
+    (films / "b.mp4").write_bytes(b"")
+    arguments = ["caption", str(films), "--checkpoint", str(checkpoint), "--max-new-tokens", "3", "--frames", "2"]
+    result = runner.invoke(app, [*arguments, "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    assert "... cut at 3 tokens" in result.stdout
+    assert "1 captioned, 1 skipped\n" in result.stdout
+    assert out.read_text().count("\n") == 1
+    result = runner.invoke(app, [*arguments, "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    assert f"0 captioned, 1 skipped, 1 were in {out} already" in result.stdout
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = runner.invoke(app, [*arguments, "--out", str(out)])
+    assert result.exit_code == 1
+    assert "each rank would write every caption" in result.stderr
 
 
 def test_option_help_lists_the_options_of_a_file(tmp_path: Path):
