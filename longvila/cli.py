@@ -96,6 +96,10 @@ Options = Annotated[
 ]
 Run = Annotated[Path, typer.Option(help="The run's folder, e.g. runs/demo.")]
 Checkpoint = Annotated[Path, typer.Option(help="A model folder: runs/NAME/STAGE/model, or a copy of one.")]
+Dtype = Annotated[
+    Literal["auto", "fp32", "bf16"],
+    typer.Option(help="Type of the weights; auto: bf16 on a GPU that computes in it, else fp32."),
+]
 
 
 def verb(function: Callable[..., None], of: typer.Typer = app) -> Callable[..., None]:
@@ -283,13 +287,15 @@ def eval_(
     data: Annotated[Path, typer.Option(help="The benchmark's files.")],
     out: Annotated[Path, typer.Option(help="The folder for responses and scores.")],
     option: Options = None,
+    dtype: Dtype = "auto",
 ) -> None:
     """Run one benchmark on a checkpoint. Under torchrun the ranks share its questions."""
     values = content.options(content.entry("eval", benchmark), option or [])
     from longvila.evaluate.runner import run_benchmark
 
     module, world = content.load("eval", benchmark), int(os.environ.get("WORLD_SIZE", 1))
-    scores = run_benchmark(module, _answerer(checkpoint), data, out, options=values, rank=rank(), world=world)
+    answerer = _answerer(checkpoint, dtype)
+    scores = run_benchmark(module, answerer, data, out, options=values, rank=rank(), world=world)
     if scores is not None:
         output.print_json(data={name: value for name, value in scores.items() if name != "examples"})
         output.print(f"examples and answers are below {out}")
@@ -302,21 +308,35 @@ def caption(
     frames: Annotated[int, typer.Option(min=1, help="Frames to look at, one a second at most.")] = 256,
     tiles: Annotated[int, typer.Option(min=1, help="Tiles at most of an image, as in training; 1: whole alone.")] = 1,
     question: Annotated[str | None, typer.Option(help="What to ask; a detailed description when not given.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a caption at most.")] = 256,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.jsonl", help="Write captions there too; films it has with this question are left out."
+        ),
+    ] = None,
+    dtype: Dtype = "auto",
 ) -> None:
     """Caption videos, or ask them a question."""
+    if out is not None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ConfigError("--out: each rank would write every caption into the file; caption without torchrun")
     from longvila.config import FrameSampling
     from longvila.generate import caption as captioning
 
     report = captioning.caption(
-        _answerer(checkpoint),
+        _answerer(checkpoint, dtype),
         path,
         FrameSampling("fps", frames=frames, fps=1.0, tiles=tiles),
         question or captioning.QUESTION,
+        max_new_tokens,
         on_file=lambda file: output.print(f"\n[bold]{escape(str(file))}[/]"),
         on_text=lambda text: output.print(text, end="", markup=False),
+        on_cut=lambda file: output.print(f" [yellow]... cut at {max_new_tokens} tokens[/]", end=""),
         on_failure=lambda file, reason: errors.print(f"\n[bold red]skipped[/] {escape(reason)}"),
+        out=out,
     )
-    output.print(f"\n{len(report.captions)} captioned, {len(report.failed)} skipped")
+    known = f", {len(report.known)} were in {out} already" if report.known else ""
+    output.print(f"\n{len(report.captions)} captioned, {len(report.failed)} skipped{known}", markup=False)
 
 
 @verb
@@ -489,7 +509,7 @@ def doctor() -> None:
             output.print(f"  {name:<16} {escape(value)}")
 
 
-def _answerer(checkpoint: Path) -> Any:
+def _answerer(checkpoint: Path, dtype: str) -> Any:
     """The model in a folder, ready to answer, on this rank's GPU if there is one."""
     import torch
     from transformers.utils.logging import disable_progress_bar
@@ -499,9 +519,19 @@ def _answerer(checkpoint: Path) -> Any:
 
     disable_progress_bar()
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    model, tokenizer = load_model(checkpoint)
+    model, tokenizer = load_model(checkpoint, _weight_type(dtype))
     torch.nn.Module.to(model, device)  # transformers wraps `model.to` in a way that a type checker misreads
     return Answerer(model, tokenizer)
+
+
+def _weight_type(dtype: str) -> Any:
+    """The torch.dtype of a choice of `--dtype`."""
+    import torch
+
+    if dtype == "auto":  # emulated, bf16 is slower than fp32; on a CPU, too
+        has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = "bf16" if has_bf16 else "fp32"
+    return torch.bfloat16 if dtype == "bf16" else torch.float32
 
 
 def _report(figures: dict[str, Any], path: Path | None) -> None:

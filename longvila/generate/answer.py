@@ -47,6 +47,8 @@ class Answerer:
         self._stop_ids = self._find_stop_ids()
         self._cache: DynamicCache | None = None
         self._cached_embeddings: Tensor | None = None
+        self.was_cut = False
+        """Whether the last answer ended because it may be no longer, not at a special token."""
 
     @cached_property
     def fingerprint(self) -> str:
@@ -111,6 +113,7 @@ class Answerer:
 
     def _decode(self, ids: list[int], tokens: Tensor, max_new_tokens: int) -> Iterator[int]:
         """Ids of the answer, greedily, without the token that ended it."""
+        self.was_cut = False
         input_ids = torch.tensor([ids], device=self._device)
         with torch.inference_mode():
             embeddings = self.model.embed(input_ids, tokens.to(self._device))
@@ -126,6 +129,7 @@ class Answerer:
             yield token
             if step + 1 < max_new_tokens:
                 token = self._next_token(input_ids=torch.tensor([[token]], device=self._device))
+        self.was_cut = True
 
     def _rewind(self, embeddings_ND: Tensor) -> int:
         """Cuts the cache back to the tokens it shares with a new prompt, and returns how many those are (< N)."""

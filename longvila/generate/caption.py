@@ -1,10 +1,12 @@
 """Captions of video files: one file, or every video and image in a folder.
 
-Frames are sampled, the question is asked, and the answer is handed on in pieces while it is written.
+Frames are sampled, the question is asked, and the answer is handed on in pieces while it is written. Captions may also
+go to a JSONL file, from which the same call goes on where it was stopped.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,10 +29,11 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 @dataclass
 class CaptionReport:
-    """What `caption` did. `captions` and `failed` (reasons) are by file, and cover every file found."""
+    """What `caption` did. `captions`, `failed` (reasons) and `known` (already in `out`) cover every file found."""
 
     captions: dict[Path, str] = field(default_factory=dict)
     failed: dict[Path, str] = field(default_factory=dict)
+    known: list[Path] = field(default_factory=list)
 
 
 def caption(
@@ -41,22 +44,31 @@ def caption(
     max_new_tokens: int = 256,
     on_file: Callable[[Path], None] = lambda path: None,
     on_text: Callable[[str], None] = lambda text: None,
+    on_cut: Callable[[Path], None] = lambda path: None,
     on_failure: Callable[[Path, str], None] = lambda path, reason: None,
+    out: Path | None = None,
 ) -> CaptionReport:
     """Answers `question` about `path`, or about each video and image below it when it is a folder.
 
     Args:
         on_file: called with a file before its caption begins.
         on_text: called with each piece of the caption.
+        on_cut: called with a file whose caption ended at `max_new_tokens`, after its last piece.
         on_failure: called with a file of a folder that could not be captioned, and the reason.
+        out: a JSONL file that gets a line for each caption as soon as it is whole: video, question, caption, whether it
+            was cut, number of frames. Files that it has with the same question, under the same name, are left out.
 
     Raises:
-        ConfigError: `path` does not exist.
+        ConfigError: `path` does not exist, or `out` is no file for captions.
         DataError: a single file that cannot be captioned, a folder without videos or images, or one where each failed.
     """
     report = CaptionReport()
     files = find_media(path)
+    known = begin_captions(out) if out is not None else set()
     for file in files:
+        if (str(file), question) in known:
+            report.known.append(file)
+            continue
         try:
             frames = load_frames(file, sampling, answerer.model.vision.image_size)
             on_file(file)
@@ -65,15 +77,56 @@ def caption(
                 pieces.append(piece)
                 on_text(piece)
             report.captions[file] = "".join(pieces).strip()
+            if answerer.was_cut:
+                on_cut(file)
+            if out is not None:
+                line = {"video": str(file), "question": question, "caption": report.captions[file]}
+                line |= {"cut": answerer.was_cut, "frames": len(frames)}
+                with out.open("a", encoding="utf-8") as lines:
+                    lines.write(json.dumps(line) + "\n")
         except DataError as error:
             if not path.is_dir():
                 raise
             report.failed[file] = str(error)
             on_failure(file, str(error))
-    if not report.captions:
+    if not report.captions and not report.known:
         file, reason = next(iter(report.failed.items()))
         raise DataError(f"{path}: none of its {len(files)} files could be captioned; the first, {file.name}: {reason}")
     return report
+
+
+def begin_captions(out: Path) -> set[tuple[str, str]]:
+    """Films and questions of the captions that a file has; an empty file is made where there is none.
+
+    Half a line, left by a process that was killed, is no caption, and is ended so that the next one has its own line.
+
+    Raises:
+        ConfigError: it cannot be read or written, or holds something else.
+    """
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.open("a+", encoding="utf-8", errors="replace") as file:
+            file.seek(0)
+            text = file.read()
+            known = _read_captions(text)
+            if text.strip() and not known:  # a film, say: nothing must be written into it
+                raise ConfigError(f"{out}: holds no captions; give the name of a new file")
+            if text and not text.endswith("\n"):
+                file.write("\n")
+    except OSError as error:
+        raise ConfigError(f"{out}: captions cannot be written there: {error.strerror}") from error
+    return known
+
+
+def _read_captions(text: str) -> set[tuple[str, str]]:
+    known = set()
+    for line in text.splitlines():
+        try:
+            entry = json.loads(line)
+            known.add((entry["video"], entry["question"]))
+        except (ValueError, KeyError, TypeError):
+            continue
+    return known
 
 
 def find_media(path: Path) -> list[Path]:

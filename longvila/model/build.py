@@ -82,8 +82,12 @@ def save_language_model(model: LongVilaModel, tokenizer: PreTrainedTokenizerBase
     path.write_text(json.dumps(data, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
-def load_model(folder: Path) -> tuple[LongVilaModel, PreTrainedTokenizerBase]:
-    """Inverse of `save_model`; the model is in fp32 on the CPU.
+def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[LongVilaModel, PreTrainedTokenizerBase]:
+    """Inverse of `save_model`; the model is on the CPU.
+
+    Args:
+        dtype: type of the weights, whatever they are stored in. To change it later with `.to` is not the same: that
+            would also round the rotary frequencies, and the weights that transformers keeps in fp32.
 
     Raises:
         ConfigError: no such folder, or a checkpoint of another architecture.
@@ -93,7 +97,7 @@ def load_model(folder: Path) -> tuple[LongVilaModel, PreTrainedTokenizerBase]:
     config = AutoConfig.from_pretrained(folder)
     if not isinstance(config, LongVilaConfig):
         raise ConfigError(f"{folder}: a model of the type '{config.model_type}', not a longvila checkpoint")
-    loaded: Any = LongVilaModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    loaded: Any = LongVilaModel.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     model, report = loaded
     if wrong := [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]:
         raise ConfigError(f"{folder}: {len(wrong)} weights are missing, unknown or of another shape, e.g. {wrong[0]}")

@@ -7,10 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import Qwen3Config, Qwen3MoeConfig
 from typer.testing import CliRunner
 
-from longvila.cli import app
+from longvila.cli import _weight_type, app
+from longvila.model import save_model
+
+from .eval_parts import tiny_answerer
+from .video_fixtures import make_video
 
 VERBS = ["pack", "base", "train", "eval", "caption", "export", "report", "gradients", "doctor"]
 HEAVY = ["torch", "transformers", "open_clip", "av", "webdataset", "numpy", "PIL"]
@@ -81,6 +86,64 @@ def test_a_missing_checkpoint_is_one_line_that_names_it(tmp_path: Path):
     assert result.exit_code == 1
     assert str(tmp_path / "nothing") in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    answerer = tiny_answerer(tmp_path / "base")
+    save_model(answerer.model, answerer.tokenizer, tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "native", "expected"), [(False, False, "fp32"), (True, False, "fp32"), (True, True, "bf16")]
+)
+def test_auto_is_bf16_where_a_gpu_computes_in_it(
+    monkeypatch: pytest.MonkeyPatch, gpu: bool, native: bool, expected: str
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or native)
+    assert _weight_type("auto") == _weight_type(expected)
+    assert (_weight_type("fp32"), _weight_type("bf16")) == (torch.float32, torch.bfloat16)
+
+
+@pytest.mark.parametrize(("choice", "dtype"), [([], torch.float32), (["--dtype", "bf16"], torch.bfloat16)])
+def test_evaluation_and_captions_run_in_the_type_that_is_asked_for(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, choice: list[str], dtype: torch.dtype
+):
+    seen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("longvila.generate.caption.caption", lambda answerer, *args, **kwargs: seen.append(answerer))
+    monkeypatch.setattr(
+        "longvila.evaluate.runner.run_benchmark", lambda module, answerer, *args, **kwargs: seen.append(answerer)
+    )
+    common = ["--checkpoint", str(checkpoint), *choice]
+    runner.invoke(app, ["caption", str(tmp_path / "film.mp4"), *common])
+    result = runner.invoke(app, ["eval", "needle", "--data", str(tmp_path), "--out", str(tmp_path / "out"), *common])
+    assert result.exit_code == 0, result.output
+    assert [answerer.model.dtype for answerer in seen] == [dtype, dtype]
+
+
+def test_captions_say_where_they_are_cut_and_are_kept_in_a_file(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    films, out = tmp_path / "films", tmp_path / "captions.jsonl"
+    films.mkdir()
+    (films / "a.mp4").write_bytes(make_video(4))
+    (films / "b.mp4").write_bytes(b"")
+    arguments = ["caption", str(films), "--checkpoint", str(checkpoint), "--max-new-tokens", "3", "--frames", "2"]
+    result = runner.invoke(app, [*arguments, "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    assert "... cut at 3 tokens" in result.stdout
+    assert "1 captioned, 1 skipped\n" in result.stdout
+    assert out.read_text().count("\n") == 1
+    result = runner.invoke(app, [*arguments, "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    assert f"0 captioned, 1 skipped, 1 were in {out} already" in result.stdout
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = runner.invoke(app, [*arguments, "--out", str(out)])
+    assert result.exit_code == 1
+    assert "each rank would write every caption" in result.stderr
 
 
 def test_option_help_lists_the_options_of_a_file(tmp_path: Path):

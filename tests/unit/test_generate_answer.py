@@ -9,6 +9,7 @@ from transformers import MistralConfig, MistralForCausalLM
 from longvila.errors import DataError
 from longvila.generate import answer as answering
 from longvila.generate.answer import Answerer
+from longvila.model import load_model, save_model
 from longvila.model.chat import encode_prompt
 
 from .eval_parts import tiny_answerer
@@ -104,3 +105,25 @@ def test_the_fingerprint_tells_weights_apart_and_does_not_depend_on_where_they_l
     with torch.no_grad():
         next(iter(again.model.projector.parameters())).add_(1e-3)
     assert first.fingerprint != Answerer(again.model, again.tokenizer).fingerprint
+
+
+def test_a_model_in_bf16_keeps_its_rotary_frequencies_and_everything_it_computes_is_bf16(answerer, tmp_path):
+    save_model(answerer.model, answerer.tokenizer, tmp_path / "saved")
+    exact = Answerer(*load_model(tmp_path / "saved"))
+    half = Answerer(*load_model(tmp_path / "saved", torch.bfloat16))
+    assert {parameter.dtype for parameter in exact.model.parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in half.model.parameters()} == {torch.bfloat16}
+    rounded, frequencies = (one.model.language_model.model.rotary_emb.inv_freq for one in (half, exact))
+    assert rounded.dtype == torch.float32
+    assert torch.equal(rounded, frequencies)
+
+    frames, seen = random_frames(3), []
+    half.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"].dtype), with_kwargs=True
+    )
+    tokens = half.encode(frames)
+    assert tokens.dtype == torch.bfloat16
+    torch.testing.assert_close(tokens.float(), exact.encode(frames), rtol=0.05, atol=0.05)
+    half.answer(tokens, "What?", 1)
+    assert seen == [torch.bfloat16]
+    assert half.fingerprint != exact.fingerprint  # an answer of the one is not taken for the other's
