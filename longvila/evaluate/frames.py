@@ -21,12 +21,15 @@ DECODE_FRAMES = 256
 class FrameTokens:
     """A bounded cache (least recently used out first) from FrameRef to frame tokens (T, D).
 
-    A film is read in one pass for all the requests that will need it, as far as the bound allows.
+    A film is read in one pass for all the requests that will need it, as far as the bound allows. The frames of the
+    largest request so far are kept even where they are more than `max_bytes`: the next question is about the same film,
+    and would find none of the oldest.
     """
 
     def __init__(self, answerer: Answerer, requests: Iterable[Request], max_bytes: int = 2 << 30):
         self._answerer = answerer
         self._max_bytes = max_bytes
+        self._largest = 0  # frames of a request
         self._tokens: OrderedDict[FrameRef, Tensor] = OrderedDict()
         self._failed: dict[str, str] = {}
         wanted: dict[str, dict[FrameRef, None]] = {}
@@ -47,9 +50,10 @@ class FrameTokens:
         missing = sorted({ref for ref in refs if ref not in found}, key=lambda ref: ref.order)
         for path in dict.fromkeys(ref.path for ref in missing):
             found.update(self._read(path, [ref for ref in missing if ref.path == path]))
-        for ref in found:
-            self._tokens[ref] = found[ref]
+        self._tokens.update(found)
+        for ref in refs:  # what was read ahead goes before what was asked for
             self._tokens.move_to_end(ref)
+        self._largest = max(self._largest, len(set(refs)))
         self._evict()
         return torch.stack([found[ref] for ref in refs])
 
@@ -77,7 +81,7 @@ class FrameTokens:
         return dict(zip(refs, (tokens.clone() for tokens in self._answerer.encode(frames)), strict=True))
 
     def _evict(self) -> None:
-        num_kept = self._max_bytes // next(iter(self._tokens.values())).nbytes
+        num_kept = max(self._largest, self._max_bytes // next(iter(self._tokens.values())).nbytes)
         while len(self._tokens) > num_kept:
             self._tokens.popitem(last=False)
 

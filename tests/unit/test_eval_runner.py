@@ -156,7 +156,20 @@ def test_a_small_cache_forgets_but_every_request_gets_its_frames(video):
     whole, small = FrameTokens(answerer, requests), FrameTokens(answerer, requests, max_bytes=3 * 12)
     for request in [*requests, *reversed(requests)]:
         assert torch.equal(whole(request.frames), small(request.frames))
-    assert len(small._tokens) == 3
+    assert len(small._tokens) == 5  # of one request
+
+
+@pytest.mark.parametrize("num_kept", [1, 5, 9])
+def test_questions_about_one_film_encode_its_frames_once_however_small_the_cache(video, num_kept):
+    answerer = ScriptedAnswerer()
+    ahead = [Request("ahead", film(video, *(0.25 * k for k in range(8))), "?", 4)]
+    tokens = FrameTokens(answerer, ahead, max_bytes=num_kept * 12)
+    tokens(film(video, 0.0, 0.25, 0.5))
+    refs = film(video, *(0.25 * k for k in range(7)))
+    first, before = tokens(refs), answerer.num_encoded
+    for _ in range(3):
+        assert torch.equal(tokens(refs), first)
+    assert answerer.num_encoded == before
 
 
 def test_frames_come_in_the_order_of_the_request_images_among_them(video, tmp_path):
