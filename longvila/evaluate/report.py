@@ -1,7 +1,7 @@
 """A run's figures in one place: `report.json` for machines, `report.html` for readers.
 
 Everything comes from files below the run's folder; what is not there is reported as absent (null), never guessed.
-`longvila/evaluate/bars.py` says which figures a run is held to.
+`longvila/evaluate/bars.py` says which figures the demo is held to.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def write_report(run: Path) -> dict[str, Any]:
     """Writes `report.json` and `report.html` into `run`, and returns what the JSON file holds.
 
     Reads `STAGE/{config.json,metrics.jsonl,summary.json}`, `eval/VARIANT/BENCHMARK/scores.json` (or
-    `eval/BENCHMARK/VARIANT/`), `gradients.json` and, where
-    `scripts/demo.sh` wrote it, `timing.json`: such a run is held to the demo's bars.
+    `eval/BENCHMARK/VARIANT/`), `gradients.json` and, where `scripts/demo.sh` wrote it, `timing.json`: such a run is
+    held to the demo's bars.
 
     Raises:
         ConfigError: no such folder, no stage finished in it, or a file that is not JSON.
