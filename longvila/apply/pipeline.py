@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from longvila.config import ParallelConfig
 from longvila.errors import ConfigError
 from longvila.model.vlm import LongVilaModel
-from longvila.parallel.batch import frame_share
+from longvila.parallel.batch import even_share
 from longvila.parallel.fold import Fold
 
 
@@ -105,7 +105,7 @@ def stretches(layers: int, parallel: ParallelConfig) -> list[range]:
                 f"parallel.pipeline={parallel.pipeline} x chunks={parallel.chunks} are {count} stretches of layers, "
                 f"but the language model has {layers} layers; use fewer"
             )
-        return [frame_share(layers, number, count) for number in range(count)]
+        return [even_share(layers, number, count) for number in range(count)]
     if sum(sizes) != layers:
         raise ConfigError(
             f"parallel.stage_layers={list(sizes)} are {sum(sizes)} layers, but the language model has {layers}"

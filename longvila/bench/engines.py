@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from longvila.config import (
 )
 from longvila.difference import relative_error
 from longvila.model.vlm import LongVilaModel
-from longvila.parallel.batch import frame_share, shift_labels
+from longvila.parallel.batch import even_share, shift_labels
 from longvila.parallel.fold import Fold, make_fold
 from longvila.parallel.launch import run_ranks
 from longvila.shards.rows import Row
@@ -51,6 +52,10 @@ NORM, FIRST_GRADIENT, FIRST_GRADIENT_FP64, WEIGHTS = 1e-5, 1e-5, 1e-11, 0.01
 """Bounds: relative errors of norms and gradients; weights as a share of the sum of the learning rates."""
 
 
+_fold_of = lru_cache(make_fold)
+"""States of one process share their groups."""
+
+
 def make_config(parallel: ParallelConfig, **fields: Any) -> StageConfig:
     """A stage of one phase without data, that trains everything; `fields` of StageConfig replace its own."""
     phase = Phase("only", 4, DataConfig(sources=()), RATE)
@@ -64,7 +69,7 @@ def make_state(
 ) -> TrainingState:
     """The small model of `train.gradients` (or what `build` makes) on this rank, ready for `take_step`. Collective."""
     config = make_config(parallel, **fields)
-    fold = make_fold(parallel, "cpu")
+    fold = _fold_of(parallel, "cpu")
     model = (build or make_model)()
     torch.nn.Module.to(model, dtype)  # transformers wraps `model.to` in a way that a type checker misreads
     prepare(model, config)
@@ -81,7 +86,7 @@ def make_rows(fold: Fold, indices: range) -> list[Row]:
     for index in indices:
         documents = DOCUMENTS[index % len(DOCUMENTS)]
         whole = make_row(documents, 4, 32, seed=index)
-        share = frame_share(len(whole.frames), fold.sequence_rank, fold.num_sequence)
+        share = even_share(len(whole.frames), fold.sequence_rank, fold.num_sequence)
         rows.append(
             Row(
                 input_ids=whole.input_ids,

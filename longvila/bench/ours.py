@@ -13,7 +13,7 @@ from longvila.bench.rank import Watch, language_model, tokens_of
 from longvila.config import ModelConfig, OptimizerConfig, ParallelConfig, ShardingConfig, StageConfig
 from longvila.model.loss import IGNORE
 from longvila.model.vlm import LongVilaConfig, LongVilaModel
-from longvila.parallel.batch import frame_share, shift_labels
+from longvila.parallel.batch import even_share, shift_labels
 from longvila.parallel.fold import make_fold, start_world
 from longvila.shards.rows import Row
 from longvila.train.engine import make_engine
@@ -49,7 +49,7 @@ def train_video(cell: Cell, watch: Watch) -> None:
     ids = torch.cat([torch.full((num_frame_tokens,), model.config.frame_token_id), text])
     labels = shift_labels(ids, (cell.tokens,))
     labels[: cell.tokens - len(text) // 2 - 1] = IGNORE
-    share = frame_share(cell.frames, state.fold.sequence_rank, state.fold.num_sequence)
+    share = even_share(cell.frames, state.fold.sequence_rank, state.fold.num_sequence)
     generator.manual_seed(2 + share.start)
     frames = torch.randint(0, 256, (len(share), 3, size, size), generator=generator, dtype=torch.uint8)
     row = Row(ids, labels, torch.arange(cell.tokens), (cell.tokens,), ("film",), (cell.frames,), frames, ())

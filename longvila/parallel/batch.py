@@ -114,9 +114,10 @@ class LocalRow:
     """(my frames, tokens per frame, width) -> (frame places among my tokens, width)."""
 
 
-def frame_share(num_frames: int, rank: int, ranks: int) -> range:
-    """Which of a row's frames one rank of the sequence group encodes: an equal, contiguous share."""
-    return range(num_frames * rank // ranks, num_frames * (rank + 1) // ranks)
+def even_share(count: int, rank: int, ranks: int) -> range:
+    """Which of `count` things in a row (frames that a sequence group encodes, say) one rank takes: as many as any
+    other, or one more, and the last rank always one."""
+    return range(count * rank // ranks, count * (rank + 1) // ranks)
 
 
 def shard_row(
@@ -162,7 +163,7 @@ def plan_owner(num_tokens: int, fold: Fold, positions: Callable[[int, int], list
 def _frame_route(owner: Tensor, places: Tensor, tokens_per_frame: int, fold: Fold) -> Callable[[Tensor], Tensor]:
     me, ranks = fold.sequence_rank, fold.num_sequence
     num_frames = places.numel() // tokens_per_frame
-    shares = [frame_share(num_frames, rank, ranks) for rank in range(ranks)]
+    shares = [even_share(num_frames, rank, ranks) for rank in range(ranks)]
     to = [owner[places[s.start * tokens_per_frame : s.stop * tokens_per_frame]] for s in shares]
     # Local orders are ascending in the row, and so are the shares of the ranks: sending each rank its tokens in row
     # order is all the sorting there is.

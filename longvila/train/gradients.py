@@ -21,7 +21,7 @@ from longvila.difference import relative_error
 from longvila.model.loss import IGNORE
 from longvila.model.vlm import LongVilaConfig, LongVilaModel
 from longvila.parallel.agree import sum_over_world
-from longvila.parallel.batch import frame_share, shard_row, shift_labels
+from longvila.parallel.batch import even_share, shard_row, shift_labels
 from longvila.parallel.choose import LAYOUTS
 from longvila.parallel.fold import make_fold
 from longvila.parallel.launch import run_ranks
@@ -208,7 +208,7 @@ def folded(case: Case) -> dict[str, float]:
         row.input_ids, shift_labels(row.labels, row.lengths), row.position_ids, row.lengths,
         row.input_ids == FRAME, tokens_per_frame, fold, case.parallel.layout, case.parallel.routing,
     )  # fmt: skip
-    share = frame_share(len(row.frames), fold.sequence_rank, fold.num_sequence)
+    share = even_share(len(row.frames), fold.sequence_rank, fold.num_sequence)
     output = model(
         input_ids=local.input_ids, frames=row.frames[share.start : share.stop], position_ids=local.position_ids,
         labels=local.labels, route=local.route, plan=local.plan,
