@@ -27,10 +27,10 @@ FLASH_4_DIMS = (64, 128)
 one launch, version 4.0.0b36 gives wrong ones at 16, without an error. All others go to torch's FlashAttention 2."""
 
 
-CPU_LEAF = 256
+CPU_LEAF = 128
 """Tokens of the largest square that a CPU takes as one. Torch's kernel goes through 256 queries x 512 keys at a time
 and leaves out only what lies wholly beyond the diagonal: a quarter more than is seen of a square of 2,048 tokens, by
-halves an eighth. Further cuts cost what they save."""
+halves a sixteenth. Further cuts cost what they save."""
 
 
 def kernel_blocks(block: Block, device: torch.device) -> list[Block]:
