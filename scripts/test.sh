@@ -11,4 +11,4 @@ ruff check .
 ruff format --check .
 pyright
 lint-imports
-pytest -n 2 "$@"
+pytest -n 2 --dist loadgroup "$@"

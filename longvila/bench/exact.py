@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -45,25 +47,33 @@ def dense_mask(lengths: Sequence[int], mask: Mask) -> Tensor:
     return visible
 
 
+@lru_cache(maxsize=256)
+def _reference(
+    lengths: tuple[int, ...], heads: tuple[int, int], mask: Mask
+) -> tuple[tuple[Tensor, ...], Tensor, tuple[Tensor, ...]]:
+    """Random q, k and v; the gradient of their output; and that output, dq, dk and dv under a dense mask. All fp64."""
+    torch.manual_seed(0)
+    shapes = [(1, count, sum(lengths), 16) for count in (heads[0], heads[1], heads[1], heads[0])]
+    q, k, v, grad = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
+    whole = [x.clone().requires_grad_() for x in (q, k, v)]
+    group = heads[0] // heads[1]
+    keys, values = whole[1].repeat_interleave(group, 1), whole[2].repeat_interleave(group, 1)
+    visible = dense_mask(lengths, mask)
+    out = F.scaled_dot_product_attention(whole[0], keys, values, attn_mask=visible, scale=SCALE)
+    return (q, k, v), grad, (out.detach(), *torch.autograd.grad(out, whole, grad))
+
+
 def attention_error(fold: Fold, plan: Plan, heads: tuple[int, int], mask: Mask, dtype: torch.dtype) -> float:
     """The largest of max |difference| / max |reference| over out, dq, dk and dv of this rank, in `dtype` against fp64.
 
     References below 1 count as 1: with a window of one, gradients of queries and keys are zero.
     """
-    torch.manual_seed(0)
-    shapes = [(1, count, sum(plan.lengths), 16) for count in (heads[0], heads[1], heads[1], heads[0])]
-    q, k, v, grad = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
-    whole = [x.clone().requires_grad_() for x in (q, k, v)]
-    group = heads[0] // heads[1]
-    keys, values = whole[1].repeat_interleave(group, 1), whole[2].repeat_interleave(group, 1)
-    visible = dense_mask(plan.lengths, mask)
-    expected = F.scaled_dot_product_attention(whole[0], keys, values, attn_mask=visible, scale=SCALE)
-    expected_grads = torch.autograd.grad(expected, whole, grad)
+    inputs, grad, expected = _reference(tuple(plan.lengths), heads, mask)
     mine = torch.tensor(plan.positions(fold.part, fold.piece), dtype=torch.long)
-    local = [x[:, :, mine].to(dtype).requires_grad_() for x in (q, k, v)]
+    local = [x[:, :, mine].to(dtype).requires_grad_() for x in inputs]
     out = FoldedPlan(plan, fold).attend(local[0], local[1], local[2], SCALE, mask)
     grads = torch.autograd.grad(out, local, grad[:, :, mine].to(dtype))
-    pairs = zip((out, *grads), (expected, *expected_grads), strict=True)
+    pairs = zip((out, *grads), expected, strict=True)
     if not len(mine):
         return 0.0
     return max(relative_error(a.double(), b[:, :, mine], b.abs().max().clamp(min=1)) for a, b in pairs)
@@ -106,6 +116,8 @@ def rank_errors(
 
 def measure(worlds: Sequence[int], masks: Sequence[Mask], rows=ROWS, heads=HEADS) -> list[Error]:
     """fp64, every factorisation and variant of each world size: the largest error over its ranks."""
+    for lengths, counts, mask in product(rows, heads, masks):
+        _reference(lengths, counts, mask)  # ranks are forked with it
     table = []
     for world in worlds:
         by_rank = run_ranks(rank_errors, world, world, torch.float64, masks, rows, heads, timeout=600)

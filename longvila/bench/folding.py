@@ -6,7 +6,8 @@ Everything is fp64 on forked gloo ranks, more of them than cores: they prove cor
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -16,12 +17,12 @@ from torch import Tensor
 
 from longvila.bench import bubble, engines, sent
 from longvila.bench.bars import at_least, at_most, sections
-from longvila.bench.gradient_faults import FAULTS, OF_PIPELINES
+from longvila.bench.gradient_faults import FAULTS, OF_PIPELINES, Fault
 from longvila.bench.mapping import MAPPINGS, PIPELINES, Mapping, dropping, is_able
 from longvila.config import ParallelConfig
 from longvila.difference import relative_error
 from longvila.parallel.fold import fold_groups, share_between_nodes
-from longvila.parallel.launch import run_ranks
+from longvila.parallel.launch import run_cases, run_ranks
 from longvila.shards.order import Cursor
 from longvila.train.checkpoint import Checkpoints, Position
 from longvila.train.loop import resume
@@ -67,7 +68,7 @@ def run(quick: bool, show: Callable[[str, Rows, str], None]) -> dict[str, Any]:
         "mappings", [measure(each) for each in (*chosen, *pipelines)], "one step of four rows, against one process"
     )
     sizes = section("bytes", [row for each in (*chosen, *pipelines) for row in sent.measure(each)], sent.NOTE)
-    caught = section("faults", [measure_fault(fault) for fault in faults], "the loss stays right")
+    caught = section("faults", measure_faults(faults), "the loss stays right")
     waits = section(
         "bubble", [bubble.measure(each) for each in cases],
         "the order of work is measured; that every part takes one unit of time is a model",
@@ -91,10 +92,13 @@ def run(quick: bool, show: Callable[[str, Rows, str], None]) -> dict[str, Any]:
     return figures
 
 
-def measure(mapping: Mapping, fault: Callable[[], None] | None = None) -> dict[str, Any]:
+def measure(mapping: Mapping) -> dict[str, Any]:
     """One step under a mapping and on one process: relative errors of loss, norm, and of the worst gradient."""
+    return _compare(mapping, *run_ranks(_folded_step, mapping.world, mapping)[0])
+
+
+def _compare(mapping: Mapping, found: dict[str, float], folded: dict[str, Tensor]) -> dict[str, Any]:
     (expected,), gradients, _ = _expected(mapping)
-    found, folded = run_ranks(_folded_step, mapping.world, mapping, fault)[0]
     errors = {name: relative_error(folded[name], gradient) for name, gradient in gradients.items()}
     worst = max(errors, key=errors.__getitem__)
     return {
@@ -121,19 +125,28 @@ def _expected_of(mapping: Mapping) -> tuple:
     return run_ranks(_plain_step, 1, mapping)[0]
 
 
-def measure_fault(fault: Callable[[], None]) -> dict[str, Any]:
-    """Whether a fault shows in a gradient or in the norm, while the loss stays right."""
-    mapping = FAULTY_PIPELINE if fault in OF_PIPELINES else FAULTY
-    row = measure(mapping, fault)
-    seen = row["gradient_error"] > 1e-6 or row["norm_error"] > 1e-6
-    kept = {name: row[name] for name in ("mapping", "loss_error", "norm_error", "gradient_error", "worst")}
-    return {"fault": fault.__name__.replace("_", " "), **kept, "caught": seen and row["loss_error"] < 1e-12}
+def measure_faults(faults: Sequence[Fault]) -> Rows:
+    """Whether each fault shows in a gradient or in the norm, while the loss stays right."""
+    rows = []
+    for mapping, is_pipeline in ((FAULTY, False), (FAULTY_PIPELINE, True)):
+        chosen = [fault for fault in faults if (fault in OF_PIPELINES) == is_pipeline]
+        found = run_cases(_folded_step, mapping.world, [(mapping, fault) for fault in chosen]) if chosen else []
+        for fault, by_rank in zip(chosen, found, strict=True):
+            row = _compare(mapping, *by_rank[0])
+            seen = row["gradient_error"] > 1e-6 or row["norm_error"] > 1e-6
+            kept = {name: row[name] for name in ("mapping", "loss_error", "norm_error", "gradient_error", "worst")}
+            caught = seen and row["loss_error"] < 1e-12
+            rows.append({"fault": _title(fault), **kept, "caught": caught})
+    return rows
 
 
-def _folded_step(mapping: Mapping, fault: Callable[[], None] | None) -> tuple[dict[str, float], dict[str, Tensor]]:
-    if fault is not None:
-        fault()
-    return _observed_step(engines.make_state(mapping.parallel, build=mapping.build, mixture=mapping.mixture), 0)
+def _title(fault: Any) -> str:
+    return fault.__name__.replace("_", " ")
+
+
+def _folded_step(mapping: Mapping, fault: Fault = nullcontext) -> tuple[dict[str, float], dict[str, Tensor]]:
+    with fault():
+        return _observed_step(engines.make_state(mapping.parallel, build=mapping.build, mixture=mapping.mixture), 0)
 
 
 def _observed_step(state: TrainingState, number: int) -> tuple[dict[str, float], dict[str, Tensor]]:

@@ -12,7 +12,7 @@ from longvila.config import ParallelConfig
 from longvila.parallel.attention import FoldedPlan
 from longvila.parallel.choose import make_plan
 from longvila.parallel.fold import make_fold
-from longvila.parallel.launch import run_ranks
+from longvila.parallel.launch import run_cases, run_ranks
 from longvila.parallel.traffic import counting
 
 TOKENS = 480
@@ -50,9 +50,10 @@ CASES = (
 def measure() -> list[Volume]:
     """Each case on four ranks, bf16 with fp32 gradients."""
     table = []
-    for name, parallel, lengths in CASES:
+    by_case = run_cases(_count, 4, [(parallel, lengths) for _, parallel, lengths in CASES])
+    for (name, parallel, lengths), by_rank in zip(CASES, by_case, strict=True):
         counted: Counter[str] = Counter()
-        for of_rank in run_ranks(_count, 4, parallel, lengths):
+        for of_rank in by_rank:
             counted.update(of_rank)
         formula = _formula(name, parallel, lengths)
         row = "one document" if len(lengths) == 1 else "packed"

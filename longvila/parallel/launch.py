@@ -11,7 +11,7 @@ import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -59,6 +59,32 @@ def run_ranks(function: Callable[..., Any], ranks: int, *args: Any, timeout: flo
     if failed := [f"rank {rank}:\n{text}" for rank, (ok, text) in enumerate(answers) if not ok]:
         raise RankError("\n".join(failed))
     return [value for _, value in answers]
+
+
+def run_cases(
+    function: Callable[..., Any], ranks: int, cases: Iterable[tuple[Any, ...]], timeout: float = 600.0
+) -> list[list[Any]]:
+    """`function(*case)` of each case in turn, on ranks that start once.
+
+    Returns:
+        By case, what each rank returned.
+
+    Raises:
+        RankError: as `run_ranks`; the traceback says in which case.
+    """
+    by_rank = run_ranks(_run_each, ranks, function, tuple(cases), timeout=timeout)
+    return [list(of_case) for of_case in zip(*by_rank, strict=True)]
+
+
+def _run_each(function: Callable[..., Any], cases: tuple[tuple[Any, ...], ...]) -> list[Any]:
+    found = []
+    for case in cases:
+        try:
+            found.append(function(*case))
+        except Exception as error:
+            error.add_note(f"in the case {case}")
+            raise
+    return found
 
 
 def _receive(pipe: Any, left: float, timeout: float) -> tuple[bool, Any] | None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from longvila.bench import volume
 from longvila.bench.exact import (
     HEADS,
     ROWS,
@@ -28,6 +29,7 @@ from longvila.parallel.choose import LAYOUTS, make_plan
 from longvila.parallel.fold import make_fold
 from longvila.parallel.launch import RankError, run_ranks
 from longvila.parallel.plan import Plan
+from longvila.parallel.replay import Shape, predict
 
 MASKS = [Mask(), Mask(window=1), Mask(window=3), Mask(window=8), Mask(causal=False)]
 
@@ -275,6 +277,22 @@ def many_heads():
 
 def test_heads_that_eight_ranks_do_not_divide():
     assert max(run_ranks(many_heads, 8)) < 1e-12
+
+
+def test_bytes_that_are_counted_are_those_of_the_formulas_and_of_the_prediction():
+    found = volume.measure()
+    assert len(found) > len(volume.CASES)
+    assert all(each.counted == each.formula > 0 for each in found), found
+    of_links = {(each.name, each.row, each.link): each.counted for each in found if each.link != "heads"}
+    predicted = {}
+    for name, parallel, lengths in volume.CASES:
+        plan = make_plan(lengths, parallel.inner, parallel.outer, parallel.head, parallel.layout, parallel.routing)
+        shape = Shape(volume.HEADS, volume.KV_HEADS, volume.HEAD_DIM).of_head_rank(parallel.head)
+        title = f"{name} {parallel.outer}x{parallel.inner}x{parallel.head} {parallel.layout}"
+        row = "one document" if len(lengths) == 1 else "packed"
+        for link, size in predict(plan, Mask(), shape).bytes.items():
+            predicted[title, row, link] = parallel.head * size
+    assert predicted == of_links
 
 
 def test_totals_need_no_blank_memory_and_blank_what_had_no_part():

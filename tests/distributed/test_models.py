@@ -23,7 +23,7 @@ from longvila.parallel.batch import shard_batch, shift_labels
 from longvila.parallel.blocks import Mask
 from longvila.parallel.choose import choose
 from longvila.parallel.fold import make_fold, start_world
-from longvila.parallel.launch import RankError, run_ranks
+from longvila.parallel.launch import RankError, run_cases, run_ranks
 from longvila.parallel.packed import whole
 from longvila.parallel.replay import Shape
 from longvila.parallel.traffic import counting
@@ -97,12 +97,20 @@ def reference(model):
     return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-def errors(name, parallel, recompute="none", keeps=None):
-    """max |difference| / max |reference| of the loss and each gradient; and what one step counted on this rank."""
-    expected_loss, expected = reference(make(name))
-    fold = make_fold(parallel, "cpu")
-    model = make(name)
-    apply_folds(model, fold, recompute=recompute, recompute_keeps=keeps)
+@functools.cache
+def expected_of(name):
+    """Found once, before ranks are forked, which then have it."""
+    return reference(make(name))
+
+
+fold_of = functools.cache(make_fold)  # the cases of one launch share their groups
+
+
+def compare(model, expected, parallel, recompute="none", keeps=None, mixture=None):
+    """max |difference| / max |reference| of the loss and each gradient; what one step counted on this rank; routers."""
+    expected_loss, expected_gradients = expected
+    fold = fold_of(parallel, "cpu")
+    applied = apply_folds(model, fold, recompute=recompute, recompute_keeps=keeps, mixture=mixture)
     ids, labels, positions = make_row()
     batch = shard_batch(
         LENGTHS, fold, parallel.layout, parallel.routing, input_ids=ids, labels=labels, position_ids=positions
@@ -116,11 +124,28 @@ def errors(name, parallel, recompute="none", keeps=None):
     assert abs(out.loss.item() - loss.item()) < 1e-5
     found = {"loss": relative_error(sum_over_world(loss.item())[0], expected_loss)}
     for key, parameter in model.named_parameters():
-        found[key] = relative_error(whole(parameter.grad), expected[key])
+        found[key] = relative_error(whole(parameter.grad), expected_gradients[key])
+    return found, counter, applied.routers
+
+
+def errors(name, *arguments):
+    """Errors and counts of one of `MODELS`."""
+    found, counter, _ = compare(make(name), expected_of(name), *arguments)
     return found, counter
 
 
-@pytest.mark.parametrize("name", MODELS)
+def errors_of_all(names, parallel, *arguments):
+    """By model, what `errors` finds on each rank."""
+    for name in names:
+        expected_of(name)
+    cases = [(name, parallel, *arguments) for name in names]
+    return dict(zip(names, run_cases(errors, parallel.sequence, cases), strict=True))
+
+
+def worst(found):
+    return max(found.items(), key=lambda item: item[1])
+
+
 @pytest.mark.parametrize(
     "parallel",
     [
@@ -132,33 +157,39 @@ def errors(name, parallel, recompute="none", keeps=None):
     ],
     ids=str,
 )
-def test_loss_and_every_gradient_equal_one_process(name, parallel):
-    found, _ = run_ranks(errors, parallel.sequence, name, parallel)[0]
-    assert len(found) > 20
-    # Gemma 3 takes its norms, and so the sums over tokens of their gradients, in fp32 whatever the weights are.
-    rounded = {key for key in found if name == "gemma3" and "norm" in key}
-    assert max(found[key] for key in rounded) < 1e-6 if rounded else True
-    exact = {key: error for key, error in found.items() if key not in rounded}
-    assert max(exact.values()) < 1e-11, max(exact, key=exact.get)
+def test_loss_and_every_gradient_equal_one_process(parallel):
+    for name, by_rank in errors_of_all(MODELS, parallel).items():
+        for found, _ in by_rank:
+            assert len(found) > 20
+            if name == "gemma3":  # it takes its norms, and so the sums over tokens of their gradients, in fp32
+                assert max(found.pop(key) for key in list(found) if "norm" in key) < 1e-6
+            assert worst(found)[1] < 1e-11, (name, worst(found))
 
 
-@pytest.mark.parametrize("parallel", [ParallelConfig(inner=2), ParallelConfig(head=2)], ids=str)
+POLICIES = {
+    ("none", None): 0, ("all", None): 1, ("save_attention", None): 0, ("offload_attention", None): 0,
+    ("save_attention", (0, 2)): 1 / 3,
+}  # fmt: skip
+"""Recomputation, and the share of attention's forwards that it computes and sends again."""
+
+
+# Of what is sent: half of tokens' heads in the forward, and of keys a third, since their gradients travel too.
 @pytest.mark.parametrize(
-    ("policy", "keeps", "forwards"),
-    [("none", None, 1), ("all", None, 2), ("save_attention", None, 1), ("offload_attention", None, 1),
-     ("save_attention", (0, 2), 4 / 3)],
-)  # fmt: skip
-def test_what_is_kept_is_not_computed_or_sent_again(parallel, policy, keeps, forwards):
-    (found, counted), (_, plain) = (
-        run_ranks(errors, 2, "qwen3", parallel, *arguments)[0] for arguments in ((policy, keeps), ("none", None))
-    )
-    assert max(found.values()) < 1e-11
-    assert counted["kernel forward"] == forwards * plain["kernel forward"]
-    assert counted["kernel backward"] == plain["kernel backward"] > 0
-    for name in ("bytes heads", "bytes keys inner"):
-        # The backward's own transfers are there in every policy; only those of the forward can be repeated.
-        again = counted[name] - plain[name]
-        assert (again == 0) == (forwards == 1 or plain[name] == 0)
+    ("parallel", "kind", "share"),
+    [(ParallelConfig(inner=2), "keys inner", 1 / 3), (ParallelConfig(head=2), "heads", 1 / 2)],
+    ids=str,
+)
+def test_what_is_kept_is_not_computed_or_sent_again(parallel, kind, share):
+    expected_of("qwen3")
+    by_case = run_cases(errors, 2, [("qwen3", parallel, *policy) for policy in POLICIES])
+    sent = [sum(counted[f"bytes {kind}"] for _, counted in by_rank) for by_rank in by_case]
+    assert sent[0] > 0
+    for (policy, again), by_rank, size in zip(POLICIES.items(), by_case, sent, strict=True):
+        assert size == pytest.approx((1 + again * share) * sent[0], rel=1e-12), policy
+        for (found, counted), (_, plain) in zip(by_rank, by_case[0], strict=True):
+            assert worst(found)[1] < 1e-11, (policy, worst(found))
+            assert counted["kernel forward"] == (1 + again) * plain["kernel forward"], policy
+            assert counted["kernel backward"] == plain["kernel backward"] > 0
 
 
 def refuse(name, **changes):

@@ -13,32 +13,32 @@ from longvila.bench import engines
 from longvila.config import ParallelConfig, ShardingConfig
 from longvila.errors import ConfigError
 from longvila.parallel.fold import make_fold
-from longvila.parallel.launch import RankError, run_ranks
+from longvila.parallel.launch import RankError, run_cases, run_ranks
 from longvila.train import gradients
 from longvila.train.gradients import MIXED, TEXT, VIDEO, Case
 from longvila.train.step import forward_row
 
 from . import test_models
+from .test_models import errors_of_all, worst
 from .test_training import check_steps
 from .training_parts import whole_weights
 
-BIASED = functools.partial(transformers.LlamaConfig, **test_models.SHAPE, attention_bias=True, mlp_bias=True)
 MODELS = {experts: functools.partial(gradients.make_model, heads=(4, 2), experts=experts) for experts in (0, 8)}
 
 
+def make_biased():
+    """A Llama with a bias in every matrix, none of them zero."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**test_models.SHAPE, attention_bias=True, mlp_bias=True)
+    model = transformers.AutoModelForCausalLM.from_config(config).double().train()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.5)
+    return model
+
+
 def biased_errors(parallel):
-    """Of a Llama with a bias in every matrix, none of them zero."""
-
-    def make(_name):
-        torch.manual_seed(0)
-        model = transformers.AutoModelForCausalLM.from_config(BIASED()).double().train()
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                torch.nn.init.normal_(parameter, std=0.5)
-        return model
-
-    test_models.make = make
-    return test_models.errors("llama", parallel)
+    return test_models.compare(make_biased(), test_models.reference(make_biased()), parallel)[0]
 
 
 # With more ranks than key heads some ranks hold the same one. Models that take a norm of it in fp32 then round the
@@ -53,23 +53,21 @@ def biased_errors(parallel):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("name", list(test_models.MODELS))
-def test_language_models_of_transformers_have_the_gradients_of_one_process(name, parallel, rounded):
-    found, counted = run_ranks(test_models.errors, parallel.sequence, name, parallel)[0]
-    bound = 1e-6 if name in rounded else 1e-11
-    if name == "gemma3":  # it takes its norms, and so the sums over tokens of their gradients, in fp32
-        norms = [found.pop(key) for key in list(found) if "norm" in key]
-        assert max(norms) < 1e-6
-    assert max(found.values()) < bound, max(found, key=found.get)
-    assert counted["bytes tensor"] > 0
+def test_language_models_of_transformers_have_the_gradients_of_one_process(parallel, rounded):
+    for name, by_rank in errors_of_all(test_models.MODELS, parallel).items():
+        for found, counted in by_rank:
+            if name == "gemma3":  # it takes its norms, and so the sums over tokens of their gradients, in fp32
+                assert max(found.pop(key) for key in list(found) if "norm" in key) < 1e-6
+            assert worst(found)[1] < (1e-6 if name in rounded else 1e-11), (name, worst(found))
+            assert counted["bytes tensor"] > 0
 
 
 @pytest.mark.parametrize("parallel", [ParallelConfig(tensor=2), ParallelConfig(tensor=4, inner=2)], ids=str)
 def test_biases_are_added_once_and_have_whole_gradients(parallel):
     # On every rank: of a bias that all ranks of a group hold, one alone might have the right gradient.
-    for found, _ in run_ranks(biased_errors, parallel.sequence, parallel):
+    for found in run_ranks(biased_errors, parallel.sequence, parallel):
         assert sum(name.endswith("bias") for name in found) == 21
-        assert max(found.values()) < 1e-11, max(found, key=found.get)
+        assert worst(found)[1] < 1e-11, worst(found)
 
 
 def with_model(experts, function, *arguments):
@@ -88,14 +86,16 @@ def with_model(experts, function, *arguments):
 )
 def test_a_vision_language_model_has_the_gradients_of_one_process(experts, world, parallel, rows):
     errors = run_ranks(with_model, world, experts, gradients.folded, Case(parallel, world, rows))[0]
-    assert max(errors.values()) < 1e-11, max(errors, key=errors.get)
+    assert worst(errors)[1] < 1e-11, worst(errors)
 
 
-@pytest.mark.parametrize("policy", ["all", "save_attention", "offload_attention"])
-def test_layers_are_right_when_they_are_computed_again(policy):
+def test_layers_are_right_when_they_are_computed_again():
+    policies = ("all", "save_attention", "offload_attention")
     parallel = ParallelConfig(tensor=2, inner=2)
-    found, _ = run_ranks(test_models.errors, 4, "llama", parallel, policy)[0]
-    assert max(found.values()) < 1e-11, max(found, key=found.get)
+    for policy, by_rank in zip(
+        policies, run_cases(test_models.errors, 4, [("llama", parallel, policy) for policy in policies]), strict=True
+    ):
+        assert all(worst(found)[1] < 1e-11 for found, _ in by_rank), policy
 
 
 def tiled():
@@ -122,6 +122,11 @@ def test_collectives_and_bytes_are_those_of_the_formula():
     assert size == layers * 8 * most * width * 8 + most * 8
 
 
+@functools.cache
+def plain_steps_of(experts):
+    return run_ranks(with_model, 1, experts, engines.plain_steps, 3)[0]
+
+
 def train_three_steps(parallel):
     state = engines.make_state(parallel)
     return engines.take_steps(state, 0, 3), whole_weights(state.model)
@@ -136,8 +141,7 @@ def train_three_steps(parallel):
     ],
 )
 def test_norms_clipping_and_steps_are_those_of_one_process(experts, world, parallel):
-    expected = run_ranks(with_model, 1, experts, engines.plain_steps, 3)[0]
-    check_steps(run_ranks(with_model, world, experts, train_three_steps, parallel), expected)
+    check_steps(run_ranks(with_model, world, experts, train_three_steps, parallel), plain_steps_of(experts))
 
 
 def refused(parallel, config, sharding):

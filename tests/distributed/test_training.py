@@ -24,7 +24,7 @@ from longvila.bench.engines import (
 from longvila.config import DataConfig, ParallelConfig, Phase, ShardingConfig, ValidationConfig
 from longvila.errors import ConfigError
 from longvila.parallel.fold import make_fold
-from longvila.parallel.launch import RankError, run_ranks
+from longvila.parallel.launch import RankError, run_cases, run_ranks
 from longvila.train import loop
 from longvila.train import step as step_module
 from longvila.train.checkpoint import Position
@@ -79,9 +79,11 @@ SHARDINGS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("sharding", [*SHARDINGS, ShardingConfig(gradients="none")], ids=str)
-def test_every_sharding_gives_the_weights_of_one_process(sharding, one_process):
-    check_steps(run_ranks(train_three_steps, 4, ParallelConfig(inner=2), sharding), one_process)
+def test_every_sharding_gives_the_weights_of_one_process(one_process):
+    shardings = [*SHARDINGS, ShardingConfig(gradients="none")]
+    cases = [(ParallelConfig(inner=2), sharding) for sharding in shardings]
+    for by_rank in run_cases(train_three_steps, 4, cases):
+        check_steps(by_rank, one_process)
 
 
 def check_steps(by_rank, one_process):
@@ -249,8 +251,12 @@ def validate_rows(engine="fsdp2", dtype=torch.float64):
     state = make_state(ParallelConfig(inner=2), dtype, engine=engine)
     rows = make_rows(state.fold, range(20, 24))[state.fold.data_rank :: state.fold.num_data]
     loop.make_loader = lambda state, data, root: RowList(rows)
-    validation = ValidationConfig(DataConfig(()), rows=4)
+    validation, modes = ValidationConfig(DataConfig(()), rows=4), []
+    state.model.language_model.get_decoder().register_forward_pre_hook(lambda module, _: modes.append(module.training))
     losses = [loop.validate(state, validation, Path())]
+    assert modes
+    assert not any(modes)
+    assert all(module.training for module in state.model.modules())
     before = state.engine.weights()
     losses.append(loop.validate(state, validation, Path()))
     untouched = all(torch.equal(weight, before[name]) for name, weight in state.engine.weights().items())

@@ -26,6 +26,7 @@ class Bucket(LocalFileSystem):
     failures: list[Exception] = []  # noqa: RUF012
     opened: list[str] = []  # noqa: RUF012
     short = 0
+    """Copies that come out of another size than is said."""
 
     @classmethod
     def _strip_protocol(cls, path):
@@ -38,7 +39,8 @@ class Bucket(LocalFileSystem):
         return super().open(path, mode, **kwargs)
 
     def info(self, path, **kwargs):
-        return {**super().info(path, **kwargs), **({"size": 1} if Bucket.short else {})}
+        is_short, Bucket.short = Bucket.short > 0, Bucket.short - 1
+        return {**super().info(path, **kwargs), **({"size": 1} if is_short else {})}
 
 
 fsspec.register_implementation("bucket", Bucket, clobber=True)
@@ -100,7 +102,14 @@ def test_storage_that_goes_on_failing_is_one_error(bucket):
 
 
 def test_a_copy_that_ends_early_is_made_again(bucket, caplog):
-    Bucket.short = 1
+    Bucket.short = 2
+    rows = rows_of(make_loader(bucket, SourceConfig(URL)))
+    assert sorted(keys(rows)) == sorted(sample.key for sample in all_kinds())
+    assert caplog.text.count("of 1 bytes came; trying again") == 2
+
+
+def test_copies_that_go_on_ending_early_are_an_error_and_are_not_kept(bucket):
+    Bucket.short = 1000
     with pytest.raises(DataError, match=r"of 1 bytes came"):
         make_loader(bucket, SourceConfig(URL))
     assert not list((bucket / "cache").rglob("*.jsonl"))

@@ -101,7 +101,6 @@ def test_joint_sft_is_long_sft_with_the_short_sources_added():
             added = {source.shards for each in short.phases for source in each.data.sources}
             assert set(names) == {*before, *added}
             assert len(names) == len(set(names))
-            assert len(set(names)) == len(names)
         assert replace(joint, name=long.name, phases=long.phases) == long
 
 

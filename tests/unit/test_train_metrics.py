@@ -90,6 +90,15 @@ def test_nothing_is_told_in_the_first_steps():
     assert [watch.see(loss) for loss in [*[1.0] * WARM_UP, 100.0]][-1] is not None
 
 
+@pytest.mark.parametrize(("spread", "deviation"), [(0.1, 0.1), (0.0, 0.02)])
+def test_a_leap_is_more_than_six_deviations_above_the_mean(spread, deviation):
+    calm = [1 + spread, 1 - spread] * 25
+    for loss, is_leap in ((1 + 5.99 * deviation, False), (1 + 6.01 * deviation, True), (1 - 20 * deviation, False)):
+        watch = LossWatch()
+        assert [watch.see(each) for each in calm] == [None] * 50
+        assert (watch.see(loss) is not None) == is_leap
+
+
 def steps_with(profiler: StepProfiler, count: int) -> None:
     with profiler:
         for step in range(1, count + 1):

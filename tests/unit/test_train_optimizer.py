@@ -40,6 +40,15 @@ def test_matrices_decay_and_norms_biases_and_embeddings_do_not(model):
         assert set(found.values()) == {decay}, found
 
 
+def test_betas_and_epsilon_are_the_configurations(model):
+    groups = (ParameterGroup(r"^vision\.", 0.1), ParameterGroup(""))
+    optimizer = make_optimizer(model, OptimizerConfig(betas=(0.7, 0.8), eps=1e-3, groups=groups))
+    assert len(optimizer.param_groups) > 1
+    assert {(*group["betas"], group["eps"], group["amsgrad"]) for group in optimizer.param_groups} == {
+        (0.7, 0.8, 1e-3, False)
+    }
+
+
 def test_a_parameter_follows_the_first_group_that_matches_its_name(model):
     groups = groups_of(
         model, ParameterGroup(r"^vision\.", 0.1), ParameterGroup("norm", 1.0, 0.3), ParameterGroup("", 0.5)
@@ -98,6 +107,13 @@ def test_the_rate_rises_to_its_peak_and_no_step_is_taken_at_zero(schedule):
     assert rates[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
     assert max(rates) == pytest.approx(2.0)
     assert (rates[-1] < 0.5) == (schedule != "constant")
+
+
+def test_a_stable_rate_stays_at_its_peak_until_the_last_tenth():
+    rates = [learning_rate(phase("warmup_stable_decay", floor=0.1), step) for step in range(100)]
+    assert rates[9:90] == [2.0] * 81
+    assert rates[90:] == sorted(rates[90:], reverse=True)
+    assert 0.2 < rates[99] < 0.3 < rates[95] < rates[90] < 2
 
 
 def test_cosine_is_the_textbooks_and_ends_at_its_floor():
