@@ -288,14 +288,22 @@ def eval_(
     out: Annotated[Path, typer.Option(help="The folder for responses and scores.")],
     option: Options = None,
     dtype: Dtype = "auto",
+    sequence_ranks: Annotated[
+        int, typer.Option(min=1, help="Ranks that share each prompt, for prompts longer than one holds.")
+    ] = 1,
 ) -> None:
     """Run one benchmark on a checkpoint. Under torchrun the ranks share its questions."""
     values = content.options(content.entry("eval", benchmark), option or [])
     from longvila.evaluate.runner import run_benchmark
 
-    module, world = content.load("eval", benchmark), int(os.environ.get("WORLD_SIZE", 1))
-    answerer = _answerer(checkpoint, dtype)
-    scores = run_benchmark(module, answerer, data, out, options=values, rank=rank(), world=world)
+    module = content.load("eval", benchmark)
+    if _world() % sequence_ranks:
+        raise ConfigError(
+            f"--sequence-ranks {sequence_ranks} does not divide the {_world()} ranks; start a multiple of it with torchrun"
+        )
+    answerer = _answerer(checkpoint, dtype, sequence_ranks)
+    group, groups = rank() // sequence_ranks, _world() // sequence_ranks
+    scores = run_benchmark(module, answerer, data, out, options=values, rank=group, world=groups)
     if scores is not None:
         output.print_json(data={name: value for name, value in scores.items() if name != "examples"})
         output.print(f"examples and answers are below {out}")
@@ -317,14 +325,18 @@ def caption(
     ] = None,
     dtype: Dtype = "auto",
 ) -> None:
-    """Caption videos, or ask them a question."""
-    if out is not None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ConfigError("--out: each rank would write every caption into the file; caption without torchrun")
+    """Caption videos, or ask them a question. Under torchrun the ranks share each film, however long."""
     from longvila.config import FrameSampling
     from longvila.generate import caption as captioning
 
+    output.quiet = rank() > 0  # all ranks have the captions
+
+    def say_skipped(_file: Path, reason: str) -> None:
+        if rank() == 0:
+            errors.print(f"\n[bold red]skipped[/] {escape(reason)}")
+
     report = captioning.caption(
-        _answerer(checkpoint, dtype),
+        _answerer(checkpoint, dtype, _world()),
         path,
         FrameSampling("fps", frames=frames, fps=1.0, tiles=tiles),
         question or captioning.QUESTION,
@@ -332,7 +344,7 @@ def caption(
         on_file=lambda file: output.print(f"\n[bold]{escape(str(file))}[/]"),
         on_text=lambda text: output.print(text, end="", markup=False),
         on_cut=lambda file: output.print(f" [yellow]... cut at {max_new_tokens} tokens[/]", end=""),
-        on_failure=lambda file, reason: errors.print(f"\n[bold red]skipped[/] {escape(reason)}"),
+        on_failure=say_skipped,
         out=out,
     )
     known = f", {len(report.known)} were in {out} already" if report.known else ""
@@ -509,19 +521,30 @@ def doctor() -> None:
             output.print(f"  {name:<16} {escape(value)}")
 
 
-def _answerer(checkpoint: Path, dtype: str) -> Any:
-    """The model in a folder, ready to answer, on this rank's GPU if there is one."""
+def _world() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def _answerer(checkpoint: Path, dtype: str, sequence_ranks: int) -> Any:
+    """The model in a folder, ready to answer, on this rank's GPU if there is one; prompts shared by so many ranks."""
     import torch
     from transformers.utils.logging import disable_progress_bar
 
+    from longvila.config import ParallelConfig
     from longvila.generate.answer import Answerer
     from longvila.model import load_model
+    from longvila.parallel.fold import make_fold, start_world
 
     disable_progress_bar()
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    device, group = torch.device("cuda" if torch.cuda.is_available() else "cpu"), None
+    if sequence_ranks > 1:
+        device = start_world()
+        group = make_fold(ParallelConfig(inner=sequence_ranks), device.type).sequence
+    elif device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     model, tokenizer = load_model(checkpoint, _weight_type(dtype))
     torch.nn.Module.to(model, device)  # transformers wraps `model.to` in a way that a type checker misreads
-    return Answerer(model, tokenizer)
+    return Answerer(model, tokenizer, group)
 
 
 def _weight_type(dtype: str) -> Any:

@@ -20,7 +20,7 @@ from typing import NamedTuple, cast
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from longvila.apply.attention import ATTENTION, NUMBER, attention_of
+from longvila.apply.attention import ATTENTION, attention_of, number_layers
 from longvila.apply.experts import check_experts, check_mixture, set_up_experts
 from longvila.apply.parameters import blocks, shard_parameters
 from longvila.apply.pipeline import keep_own_layers, make_chunks, stretches
@@ -35,7 +35,7 @@ from longvila.parallel.fold import Fold
 from longvila.parallel.pipeline import Pipeline
 from longvila.parallel.recompute import checkpoint_arguments
 
-__all__ = ["Applied", "apply_folds", "attention_of", "blocks", "check_fits"]
+__all__ = ["Applied", "apply_cache", "apply_folds", "attention_of", "blocks", "check_fits"]
 
 
 class Applied(NamedTuple):
@@ -59,6 +59,17 @@ def check_fits(config: PretrainedConfig, parallel: ParallelConfig) -> None:
         stretches(len(language_model.get_decoder().layers), parallel)
     if parallel.experts * parallel.expert_tensor > 1:
         check_experts(language_model, parallel)
+
+
+def apply_cache(language_model: PreTrainedModel, num_ranks: int) -> None:
+    """Makes `language_model`, whole on each rank, run over a `ShardedCache` that so many ranks share, in place.
+
+    Raises:
+        ConfigError: for what cannot be done exactly with this model, by name.
+    """
+    check_language_model(language_model, num_ranks)
+    language_model.set_attn_implementation(ATTENTION)
+    number_layers(language_model)
 
 
 def apply_folds(
@@ -106,10 +117,7 @@ def apply_folds(
                 f"recompute_keeps={sorted(recompute_keeps)} with recompute={recompute}; it numbers those of the "
                 f"model's {count} layers, from 0, whose attention a policy that keeps attention keeps"
             )
-        # Only then do layers need numbers; they would cost `torch.compile` a graph for each.
-        for module in language_model.modules():
-            if hasattr(module, "layer_idx"):
-                setattr(module, NUMBER, module.layer_idx)
+        number_layers(language_model)  # only then: numbers would cost `torch.compile` a graph for each
     if tile_tokens is not None:
         if fold.tensor is not None:
             raise ConfigError(

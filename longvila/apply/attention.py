@@ -8,11 +8,12 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from longvila.errors import ConfigError
 from longvila.parallel.attention import FoldedPlan
 from longvila.parallel.blocks import Mask
+from longvila.parallel.cache import ShardedCache
 from longvila.parallel.replay import ModelAttention, Shape
 
 ATTENTION = "longvila"
 NUMBER = "longvila_layer"
-"""Attribute of attention modules by which activation checkpointing tells layers apart."""
+"""Attribute of attention modules by which activation checkpointing and caches tell layers apart."""
 
 # What transformers passes to attention functions and what does not change the result here: positions are already in
 # q and k, caches are off in training, router logits and the keywords of the loss are a matter of the model's output.
@@ -29,13 +30,16 @@ def folded_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    plan: FoldedPlan | None = None,
+    plan: FoldedPlan | ShardedCache | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface over a fold: q, k, v (1, heads, t, D) -> (1, t, heads, D).
+
+    `plan`, from the keywords of the model's forward, is what a rank shares with others: a row whole, or a sequence that
+    grows.
 
     Raises:
         ConfigError: for a missing plan, or for anything that would change the result and is not implemented: a mask,
@@ -56,10 +60,17 @@ def folded_attention(
         raise ConfigError(f"{name} passes {unknown} to attention, which '{ATTENTION}' does not implement")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     # A window as long as the longest document hides nothing: one mask for both spares planning twice.
-    window = sliding_window if sliding_window is not None and sliding_window < max(plan.plan.lengths) else None
+    window = sliding_window if sliding_window is not None and sliding_window < plan.longest else None
     layer = getattr(module, NUMBER, -1)
     out = plan.attend(query, key, value, scale, Mask(causal, window), layer)
     return out.transpose(1, 2).contiguous(), None
+
+
+def number_layers(language_model: nn.Module) -> None:
+    """Tells attention modules which layer they belong to, for those who tell layers apart."""
+    for module in language_model.modules():
+        if hasattr(module, "layer_idx"):
+            setattr(module, NUMBER, module.layer_idx)
 
 
 def refuse_mask(*_args: object, attention_mask: Tensor | None = None, **_kwargs: object) -> None:

@@ -83,7 +83,7 @@ def _try(language_model: PreTrainedModel) -> SimpleNamespace:
     class EachForItself:
         """A plan by which every token sees itself alone."""
 
-        plan = SimpleNamespace(lengths=(FAR,))
+        longest = FAR
 
         def attend(self, q: Tensor, k: Tensor, v: Tensor, _scale: float, mask: Any, _layer: int) -> Tensor:
             if equal:

@@ -77,8 +77,11 @@ class FrameTokens:
         return read
 
     def _encode(self, path: str, refs: list[FrameRef]) -> dict[FrameRef, Tensor]:
-        frames = decode_refs(path, refs, self._answerer.model.vision.image_size)
-        return dict(zip(refs, (tokens.clone() for tokens in self._answerer.encode(frames)), strict=True))
+        size = self._answerer.model.vision.image_size
+        tokens = self._answerer.encode_film(
+            lambda: (len(refs), lambda start, stop: decode_refs(path, refs[start:stop], size))
+        )
+        return dict(zip(refs, (each.clone() for each in tokens), strict=True))
 
     def _evict(self) -> None:
         num_kept = max(self._largest, self._max_bytes // next(iter(self._tokens.values())).nbytes)

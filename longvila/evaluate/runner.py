@@ -4,12 +4,13 @@ Ranks do not talk. Each takes its stretch of the same sorted list and appends an
 rank 0 then reads every rank's file until all answers are there, and gives up with an error when nothing new comes for
 `patience` seconds. An answer that is already there, from this checkpoint to the same question about the same files, is
 not asked for again: a run that stopped goes on, on as many ranks as you like. On several machines `out` must be a
-shared folder.
+shared folder. Where ranks share prompts, a group of them is what is called a rank here, and its first one writes.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -56,6 +57,7 @@ def run_benchmark(
             benchmark has a result file of its own, `export(requests, responses, out)`.
         out: gets `responses-R.jsonl`, and from rank 0 `scores.json`, the example frames and the result file.
         options: keyword arguments for `requests`.
+        rank, world: of ranks that share the questions; those of one group that shares prompts are given the same.
         patience: seconds that rank 0 waits without a new answer from another rank.
 
     Returns:
@@ -66,16 +68,16 @@ def run_benchmark(
         DataError: no request at all could be answered, or another rank stopped answering.
     """
     begin = time.monotonic()
-    requests = benchmark.requests(data, **(options or {}))
+    requests = answerer.on_first(lambda: benchmark.requests(data, **(options or {})))
     _check_requests(requests, data)
     check_frames_fit(requests, answerer, benchmark.requests, options or {})
     out.mkdir(parents=True, exist_ok=True)
     keys = {request.id: request_key(request, answerer.fingerprint) for request in requests}
-    known = read_responses(out)
+    known = answerer.on_first(lambda: read_responses(out))
     mine = share_of_rank(evaluation_order(requests), rank, world)
     pending = [request for request in mine if keys[request.id] not in known]
     _answer_all(pending, keys, answerer, out / f"responses-{rank}.jsonl", f"rank {rank}: " if world > 1 else "")
-    if rank != 0:
+    if (rank, answerer.group_rank) != (0, 0):
         return None
     answered = _await_all(requests, keys, out, patience)
     failed = {name: entry.error for name, entry in answered.items() if entry.error is not None}
@@ -126,12 +128,13 @@ def _check_requests(requests: list[Request], data: Path) -> None:
 
 def _answer_all(requests: list[Request], keys: Mapping[str, str], answerer: Answerer, path: Path, label: str) -> None:
     """Appends one line for each request to `path`, at once, so that nothing is lost when the process stops."""
-    tokens = FrameTokens(answerer, requests)
+    tokens, console = FrameTokens(answerer, requests), Console(stderr=True, quiet=answerer.group_rank > 0)
+    path = path if answerer.group_rank == 0 else Path(os.devnull)
     with path.open("a+b") as check:  # a line cut short must not swallow the next one
         if check.tell() and check.seek(-1, 2) is not None and check.read() != b"\n":
             check.write(b"\n")
     with path.open("a", encoding="utf-8") as file:
-        for request in track(requests, f"{label}answering", console=Console(stderr=True), transient=True):
+        for request in track(requests, f"{label}answering", console=console, transient=True):
             _answer_one(request, keys[request.id], answerer, tokens, file)
 
 

@@ -6,6 +6,7 @@ go to a JSONL file, from which the same call goes on where it was stopped.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -62,26 +63,26 @@ def caption(
         ConfigError: `path` does not exist, or `out` is no file for captions.
         DataError: a single file that cannot be captioned, a folder without videos or images, or one where each failed.
     """
-    report = CaptionReport()
-    files = find_media(path)
-    known = begin_captions(out) if out is not None else set()
+    report, size = CaptionReport(), answerer.model.vision.image_size
+    files = answerer.on_first(lambda: find_media(path))
+    known = answerer.on_first(lambda: begin_captions(out)) if out is not None else set()
     for file in files:
         if (str(file), question) in known:
             report.known.append(file)
             continue
         try:
-            frames = load_frames(file, sampling, answerer.model.vision.image_size)
+            tokens = answerer.encode_film(functools.partial(open_film, file, sampling, size))
             on_file(file)
             pieces = []
-            for piece in answerer.stream(frames, question, max_new_tokens):
+            for piece in answerer.stream(tokens, question, max_new_tokens):
                 pieces.append(piece)
                 on_text(piece)
             report.captions[file] = "".join(pieces).strip()
             if answerer.was_cut:
                 on_cut(file)
-            if out is not None:
+            if out is not None and answerer.group_rank == 0:
                 line = {"video": str(file), "question": question, "caption": report.captions[file]}
-                line |= {"cut": answerer.was_cut, "frames": len(frames)}
+                line |= {"cut": answerer.was_cut, "frames": len(tokens)}
                 with out.open("a", encoding="utf-8") as lines:
                     lines.write(json.dumps(line) + "\n")
         except DataError as error:
@@ -147,10 +148,12 @@ def find_media(path: Path) -> list[Path]:
     return files
 
 
-def load_frames(path: Path, sampling: FrameSampling, size: int) -> Tensor:
-    """uint8 frames (F, 3, size, size) of a video, or the tiles of an image. Raises MediaError naming the file."""
+def open_film(path: Path, sampling: FrameSampling, size: int) -> tuple[int, Callable[[int, int], Tensor]]:
+    """The frames of a video, or the tiles of an image: how many, and what decodes some of them, (first, last + 1) ->
+    uint8 (F, 3, size, size). Both raise MediaError naming the file."""
+    name = str(path)
     if path.suffix.lower() in IMAGE_SUFFIXES:
-        tiles = choose_tiles(*image_extent(path, str(path)), size, sampling.tiles)
-        return decode_tiles(path, tiles, size, str(path))
-    timestamps = sample_timestamps(probe(path, str(path)), sampling)
-    return decode_frames(path, timestamps, size, str(path))
+        tiles = choose_tiles(*image_extent(path, name), size, sampling.tiles)
+        return len(tiles), lambda start, stop: decode_tiles(path, tiles[start:stop], size, name)
+    timestamps = sample_timestamps(probe(path, name), sampling)
+    return len(timestamps), lambda start, stop: decode_frames(path, timestamps[start:stop], size, name)

@@ -54,6 +54,8 @@ class FoldedPlan:
         """Tokens outside attention of each rank of this rank's tensor group."""
         self.num_tokens = sum(self.tensor_tokens)
         """Tokens that this rank brings to attention: those of its tensor group."""
+        self.longest = max(plan.lengths)
+        """Tokens of the longest document."""
         _by_handle[self.handle] = self
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Mask = Mask(), layer: int = -1) -> Tensor:
@@ -160,7 +162,7 @@ def _context_attention(
         out, lse = block_forward(q, k, v, block.kind, scale, block.cuts)
         return out.contiguous(), lse.contiguous()
     held: Held = {("keys", program.rank): (k, v), ("queries", program.rank): (q,)}
-    mine = _answer(q)
+    mine = answer_totals(q)
     answers = Returns(program, "queries", folded.fold.return_links, mine.tensors, _merge)
     fetches = Fetches(program, folded.fold.links, held)
     for index in program.indices:
@@ -170,7 +172,7 @@ def _context_attention(
                 (queries,), (keys, values), answer = (q,), held["keys", step.owner], mine
             else:
                 (queries,), (keys, values) = held["queries", step.owner], (k, v)
-                answer = _answer(queries)
+                answer = answer_totals(queries)
                 answers.open(step.owner, answer.tensors)
             with timed(f"ns step {index}"):
                 for block in _blocks(step, q.device):
@@ -325,8 +327,8 @@ class _Totals:
 Absorb = Callable[[tuple[Tensor, ...], tuple[Tensor, ...]], None]
 
 
-def _answer(q: Tensor) -> _Totals:
-    """Output and log-sum-exp of queries."""
+def answer_totals(q: Tensor) -> _Totals:
+    """Output and log-sum-exp of queries, of which parts are to come."""
     exact = _exact(q.dtype)
     return _Totals(
         (q.new_empty(q.shape, dtype=exact), q.new_empty(q.shape[:3], dtype=exact)), (0.0, -torch.inf), _merge

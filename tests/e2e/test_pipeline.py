@@ -54,6 +54,9 @@ def write_stage(folder, name, starts_from=None, trains='("projector",)', lora=No
     return path
 
 
+pytestmark = pytest.mark.xdist_group("pipeline")  # its fixtures are dear: one worker makes them
+
+
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
     """A run with packed clips (one of them broken) and base models."""
@@ -241,6 +244,12 @@ def test_a_folder_of_videos_is_captioned_and_a_broken_one_is_named(trained):
     result = run("caption", trained / "videos", "--checkpoint", trained / "tune" / "model", "--frames", "4")
     assert "5 captioned, 1 skipped" in result.stdout
     assert "3.mp4" in result.stderr
+    # Two ranks that share each film say the same, once.
+    command = ["caption", trained / "videos", "--checkpoint", trained / "tune" / "model", "--frames", "4"]
+    shared = run(*command, "--out", trained / "captions.jsonl", ranks=2)
+    assert shared.stdout == result.stdout
+    assert shared.stderr.count("3.mp4") == result.stderr.count("3.mp4")
+    assert len((trained / "captions.jsonl").read_text().splitlines()) == 5
 
 
 def test_a_dry_run_reads_models_and_data_and_writes_nothing(trained):

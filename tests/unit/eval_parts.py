@@ -66,6 +66,7 @@ class ScriptedAnswerer:
     """Answers by rule instead of by model, and counts what it was asked; each frame is one token, its mean colour."""
 
     fingerprint = "scripted"
+    group_rank = 0
 
     def __init__(self, rule=lambda question: "A", context: int = 32_768):
         self.rule = rule
@@ -79,8 +80,13 @@ class ScriptedAnswerer:
             language_model=SimpleNamespace(config=Qwen3Config(max_position_embeddings=context)),
         )
 
-    def encode(self, frames: torch.Tensor) -> torch.Tensor:
-        self.num_encoded += len(frames)
+    def on_first(self, ask):
+        return ask()
+
+    def encode_film(self, open_film) -> torch.Tensor:
+        count, decode = open_film()
+        frames = decode(0, count)
+        self.num_encoded += count
         return frames.float().mean(dim=(2, 3)).unsqueeze(1)
 
     def answer(self, frames: torch.Tensor, question: str, max_new_tokens: int) -> str:

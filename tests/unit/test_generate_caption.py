@@ -5,12 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from longvila.config import FrameSampling
 from longvila.errors import ConfigError, DataError, MediaError
 from longvila.generate.answer import Answerer
-from longvila.generate.caption import caption, load_frames
+from longvila.generate.caption import caption, open_film
 
 from .eval_parts import tiny_answerer
 from .model_parts import qwen3
@@ -124,10 +125,14 @@ def test_a_caption_is_cut_at_its_bound_alone(answerer, tmp_path):
 
 def test_an_image_is_seen_whole_and_in_tiles(tmp_path):
     picture = write(tmp_path / "picture.png", make_mosaic(2, 2))
-    assert load_frames(picture, SAMPLING, 48).shape == (1, 3, 48, 48)
-    whole, *tiles = load_frames(picture, replace(SAMPLING, tiles=4), 48)
+    count, decode = open_film(picture, SAMPLING, 48)
+    alone = decode(0, 1)
+    assert (count, alone.shape) == (1, (1, 3, 48, 48))
+    count, decode = open_film(picture, replace(SAMPLING, tiles=4), 48)
+    whole, *tiles = decode(0, count)
     assert [read_number(tile) for tile in tiles] == [1, 2, 3, 4]
-    assert whole.equal(load_frames(picture, SAMPLING, 48)[0])
+    assert torch.equal(decode(2, 4), torch.stack(tiles[1:3]))
+    assert whole.equal(alone[0])
 
 
 def test_a_single_unreadable_file_is_an_error_that_names_it(answerer, tmp_path):
