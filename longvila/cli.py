@@ -299,7 +299,7 @@ def eval_(
     module = content.load("eval", benchmark)
     if _world() % sequence_ranks:
         raise ConfigError(
-            f"--sequence-ranks {sequence_ranks} does not divide the {_world()} ranks; start a multiple of it with torchrun"
+            f"--sequence-ranks {sequence_ranks} does not divide the {_world()} ranks; torchrun must start a multiple"
         )
     answerer = _answerer(checkpoint, dtype, sequence_ranks)
     group, groups = rank() // sequence_ranks, _world() // sequence_ranks

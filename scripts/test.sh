@@ -11,4 +11,5 @@ ruff check .
 ruff format --check .
 pyright
 lint-imports
-pytest -n 2 --dist loadgroup "$@"
+# A file stays with one worker, which makes its fixtures once; the longest files come first, as pyproject.toml lists them.
+pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

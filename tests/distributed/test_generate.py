@@ -91,17 +91,23 @@ def grow_evenly(chunk, number):
         mine = cache.begin(chunk)
         x = torch.zeros(1, 4, len(mine), 8)
         cache.attend(x, x[:, :2], x[:, :2], 1.0, Mask(), 0)
-    return cache.num_held, cache._held[0][0].shape[2], counts
+    room = max((x.shape[2] for held in cache._held.values() for x in held), default=0)
+    return cache.num_held, room, counts, len(cache._before)
 
 
 def test_each_rank_holds_its_share_and_sends_queries_and_answers_only():
-    for held, room, counts in run_ranks(grow_evenly, 4, 12, 9):
+    for held, room, counts, _ in run_ranks(grow_evenly, 4, 12, 9):
         assert held == 30  # of 120
         assert room <= 30 * caches.GROWTH
         # Queries of 3 tokens to 3 others; of 9 tokens of others, an output and its log-sum-exp, back.
         assert counts["bytes queries"] == 3 * 3 * 4 * 8 * 4
         assert counts["bytes answers"] == 9 * 4 * (8 + 1) * 4
         assert sum(size for name, size in counts.items() if name.startswith("bytes")) == 1152 + 1296
+
+
+def test_tokens_that_follow_each_other_on_a_rank_are_one_run():
+    *_, (held, _, _, runs) = run_ranks(grow_evenly, 3, 1, 50)
+    assert (held, runs) == (51, 1)  # the last rank has every token that comes alone
 
 
 def misuse(kind):
@@ -372,6 +378,8 @@ def test_benchmarks_and_captions_are_the_same_whoever_shares_their_prompts(tmp_p
         assert all(each is None for each, _ in others)
         files = sorted(path.name for path in (tmp_path / "out-2").glob("responses-*"))
         assert files == [f"responses-{number}.jsonl" for number in range(world // ranks)]
+        lines = [line for name in files for line in (tmp_path / "out-2" / name).read_text().splitlines()]
+        assert len(lines) == 4
         if world == ranks:
             assert found == captions == others[0][1]
             one, other = ((tmp_path / f"captions-{n}.jsonl").read_text() for n in (1, 2))

@@ -5,9 +5,6 @@ import pytest
 from longvila.bench.faults import Bench, plan
 
 
-pytestmark = pytest.mark.xdist_group("faults")  # one worker makes the fixture
-
-
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
     return Bench(tmp_path_factory.mktemp("faults"))

@@ -54,9 +54,6 @@ def write_stage(folder, name, starts_from=None, trains='("projector",)', lora=No
     return path
 
 
-pytestmark = pytest.mark.xdist_group("pipeline")  # its fixtures are dear: one worker makes them
-
-
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory):
     """A run with packed clips (one of them broken) and base models."""
