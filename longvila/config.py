@@ -96,6 +96,9 @@ class ModelConfig:
     """A Hugging Face causal language model, by hub name or folder."""
     projector: Literal["downsample_mlp", "mlp", "linear"] = "downsample_mlp"
     """`downsample_mlp` joins each 2x2 block of patches into one token; the others keep every patch."""
+    chat_template: str | None = None
+    """A Jinja template in place of the tokenizer's own, saved with the model: for a tokenizer that has none, or whose
+    template writes earlier answers otherwise than the last (Qwen3's, which thinks)."""
 
 
 @dataclass(frozen=True)

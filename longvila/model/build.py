@@ -40,7 +40,7 @@ def build_model(
         tower=tower,
         projector=config.projector,
         text_config=text_config,
-        frame_token_id=prepare_tokenizer(tokenizer),
+        frame_token_id=prepare_tokenizer(tokenizer, config.chat_template),
         dtype="float32",
     )
     text_config.dtype = "float32"

@@ -24,17 +24,26 @@ FRAME_TOKEN = "<frame>"
 Messages = list[dict[str, Any]]
 
 
-def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase) -> int:
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, chat_template: str | None = None) -> int:
     """Adds the frame token to `tokenizer` where it lacks it, and returns its id.
 
+    Args:
+        chat_template: replaces the tokenizer's own.
+
     Raises:
-        ConfigError: the tokenizer has no chat template, no end-of-text token, or no character offsets.
+        ConfigError: the tokenizer has no chat template, no end-of-text token, or no character offsets; or
+            `chat_template` does not write what messages say.
     """
     name = tokenizer.name_or_path
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+        _check_template(tokenizer)
     if not tokenizer.is_fast:
         raise ConfigError(f"tokenizer {name} is a slow one without character offsets; convert it to a fast tokenizer")
     if not tokenizer.chat_template:
-        raise ConfigError(f"tokenizer {name} has no chat template; use an instruction-tuned model, or add a template")
+        raise ConfigError(
+            f"tokenizer {name} has no chat template; use an instruction-tuned model, or give model.chat_template"
+        )
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"tokenizer {name} has no end-of-text token; set its eos_token")
     if FRAME_TOKEN not in tokenizer.get_vocab():
@@ -150,6 +159,19 @@ def _render(tokenizer: PreTrainedTokenizerBase, messages: Messages, **kwargs: An
         raise DataError(f"the chat template of {tokenizer.name_or_path} refuses these messages: {error}") from None
 
 
+def _check_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    messages = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": "its answer"}]
+    try:
+        text = _render(tokenizer, messages)
+    except DataError as error:
+        raise ConfigError(f"model.chat_template: {error}") from None
+    if missing := [message["content"] for message in messages if message["content"] not in text]:
+        raise ConfigError(
+            f"model.chat_template writes {text[:80]!r} for a question and its answer, without {missing}; it must be "
+            f"the text of a Jinja template, not the path of one"
+        )
+
+
 def _answer_spans(tokenizer: PreTrainedTokenizerBase, messages: Messages, text: str) -> list[tuple[int, int]]:
     """Character ranges of the assistant's answers in `text`, the rendering of `messages`."""
     spans = []
@@ -164,7 +186,7 @@ def _answer_spans(tokenizer: PreTrainedTokenizerBase, messages: Messages, text: 
             raise ConfigError(
                 f"the chat template of {tokenizer.name_or_path} rewrites earlier messages (message {index} reads "
                 f"otherwise alone than in the conversation), so answers cannot be trained as they will be generated; "
-                f"use another template, or conversations of one answer"
+                f"give another as model.chat_template, or conversations of one answer"
             )
         spans.append((len(before), len(through.rstrip())))
     return spans

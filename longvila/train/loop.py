@@ -24,7 +24,7 @@ from longvila import config as configuration
 from longvila.config import PARTS, DataConfig, Phase, StageConfig, ValidationConfig
 from longvila.errors import ConfigError, LongvilaError
 from longvila.model.build import build_model, load_model, save_model
-from longvila.model.chat import ChatEncoder
+from longvila.model.chat import ChatEncoder, prepare_tokenizer
 from longvila.model.rope import extend_context
 from longvila.model.vlm import LongVilaModel
 from longvila.parallel.agree import any_rank, barrier, max_over_world, sum_over_world
@@ -154,6 +154,7 @@ def load_start(config: StageConfig, run: Path) -> tuple[LongVilaModel, PreTraine
                 f"model; run that stage first, or name the folder of one"
             )
         model, tokenizer = load_model(previous)
+        prepare_tokenizer(tokenizer, config.model.chat_template)
     return model, tokenizer
 
 

@@ -114,6 +114,34 @@ def test_a_template_that_rewrites_earlier_answers_is_refused_by_name():
     assert runs_of_labels(tokenizer, labels) == ["(thinking)Sept, écrit 7.<|im_end|>"]
 
 
+def test_a_template_of_ones_own_takes_the_place_of_one_that_rewrites():
+    thinking = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% if loop.last and m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer = byte_tokenizer(thinking)
+    prepare_tokenizer(tokenizer)
+    with pytest.raises(ConfigError, match=r"rewrites earlier messages .* give another as model\.chat_template"):
+        encode_messages(tokenizer, CONVERSATION, [3], 4)
+    prepare_tokenizer(tokenizer, CHATML)
+    _, labels = encode_messages(tokenizer, CONVERSATION, [3], 4)
+    assert runs_of_labels(tokenizer, labels) == ["Sept, écrit 7.<|im_end|>", "assistant\n8<|im_end|>"]
+    assert prepare_tokenizer(byte_tokenizer(None), CHATML) == 259
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("chat.jinja", r"model\.chat_template writes 'chat\.jinja' for .* without \['a question', 'its answer'\]"),
+        ("{% for m in messages %}{{ m.content }", r"model\.chat_template: the chat template .* refuses"),
+    ],
+)
+def test_a_template_of_ones_own_that_is_none_is_refused(template, words):
+    with pytest.raises(ConfigError, match=words):
+        prepare_tokenizer(byte_tokenizer(), template)
+
+
 def test_messages_that_the_template_refuses_are_refused():
     tokenizer = byte_tokenizer("{{ raise_exception('roles must alternate') }}")
     prepare_tokenizer(tokenizer)

@@ -284,3 +284,15 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     with pytest.raises(LongvilaError, match="do not fit the model"):
         export(tmp_path / "tune", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_chat_template_of_ones_own_is_saved_with_the_model_and_may_change_later(tmp_path):
+    first, other = ("{% for m in messages %}" + mark + "{{ m.content }}{% endfor %}" for mark in "#+")
+    config = make_stage(tmp_path)
+    config = configuration.override(config, f"model.chat_template={first}")
+    model, tokenizer = load_start(config, tmp_path)
+    save_model(model, tokenizer, tmp_path / "tune" / "model")
+    assert load_model(tmp_path / "tune" / "model")[1].chat_template == first
+    for template, expected in ((None, first), (other, other)):
+        later = replace(config, starts_from="tune", model=replace(config.model, chat_template=template))
+        assert load_start(later, tmp_path)[1].chat_template == expected
