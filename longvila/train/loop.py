@@ -227,9 +227,11 @@ def _run_steps(state: TrainingState, folder: Path, data: Path, profile: tuple[in
             finally:
                 if state.fold.sequence_rank == state.fold.stage_number == 0:
                     list_bad(bad, feed.bad, listed)
+            waited = time.time() - started
             rate = learning_rate(phase, step_of_phase)
             figures = take_step(state, batch, rate)
-            figures |= {"seconds": time.time() - started, "memory": max_over_world(peak_memory(state.device))}
+            figures |= {"seconds": time.time() - started, "data_seconds": waited, "epoch": feed.cursor.epoch}
+            figures["memory"] = max_over_world(peak_memory(state.device))
             profiler.after(step + 1)
             # Every rank sees the same loss; one of each sequence group names its samples.
             leap = None if figures["skipped"] else watch.see(figures["loss"])

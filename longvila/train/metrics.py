@@ -55,7 +55,7 @@ class Metrics:
         return self
 
     def record(self, step: int, figures: dict[str, Any]) -> None:
-        """One line for step `step` (from 1). `figures` has what `speed` reads, and `memory` in bytes."""
+        """One line for step `step` (from 1). `figures` has what `speed` and `describe` read, `memory` in bytes."""
         if not self._active:
             return
         figures = {**figures, **speed(figures, self._peak)}
@@ -91,14 +91,15 @@ def speed(figures: dict[str, Any], peak: float | None) -> dict[str, float]:
 
 
 def describe(figures: dict[str, Any]) -> str:
-    """A step's figures in one line: how far from its peak the machine is where that is known, else what it does."""
+    """A step's figures in one line: how far from its peak the machine is where that is known, else what it does; and the
+    share of its time that it waited for data, those of the slowest rank."""
     if "mfu" in figures:
         use = f"{figures['mfu']:.1%} MFU"
     else:
         use = f"{figures['flops_per_second'] / 1e12:.3g} TFLOP/s"
     return (
         f"loss {figures['loss']:.3f}  {figures['tokens_per_second']:,.0f} tokens/s  {use}  "
-        f"{figures['memory'] / 2**30:.2f} GiB"
+        f"{figures['memory'] / 2**30:.2f} GiB  {figures['data_seconds'] / max(figures['seconds'], 1e-9):.0%} data"
     )
 
 

@@ -99,6 +99,11 @@ def test_a_stage_says_what_it_trained_and_how_it_went(trained):
     assert {line["phase"] for line in lines} == {"a", "b"}
     assert all(line["flops_per_second"] == line["flops"] / line["seconds"] for line in lines)
     assert all(line["memory"] > 2**20 for line in lines)
+    assert all(0 < line["data_seconds"] < line["seconds"] for line in lines)
+    epochs = [line["epoch"] for line in lines]
+    assert epochs[0] == epochs[3] == 0  # each phase begins anew
+    assert epochs[:3] == sorted(epochs[:3])
+    assert epochs[3:] == sorted(epochs[3:]) != [0, 0, 0]  # rows of 256 tokens have five short clips twice
     assert not any("mfu" in line for line in lines)  # nobody knows the peak of a CPU
 
 
@@ -215,7 +220,7 @@ def test_chosen_steps_are_profiled_and_a_peak_that_is_given_makes_an_mfu(trained
     # The same rows, which two ranks shared, their parameters sharded.
     shared = [json.loads(line) for line in (trained / "align" / "metrics.jsonl").read_text().splitlines()]
     assert [line["flops"] for line in lines] == [line["flops"] for line in shared]
-    assert re.search(r"step 6/6  b  loss \d.*tokens/s  .*% MFU  .* GiB  ETA 0:00:00", result.stderr)
+    assert re.search(r"step 6/6  b  loss \d.*tokens/s  .*% MFU  .* GiB  \d+% data  ETA 0:00:00", result.stderr)
 
 
 @pytest.mark.parametrize(

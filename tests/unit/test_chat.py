@@ -117,7 +117,8 @@ def test_a_template_that_rewrites_earlier_answers_is_refused_by_name():
 def test_a_template_of_ones_own_takes_the_place_of_one_that_rewrites():
     thinking = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-        "{% if loop.last and m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if loop.last and m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
+        "{{ m.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     tokenizer = byte_tokenizer(thinking)

@@ -141,6 +141,14 @@ def test_captions_say_where_they_are_cut_and_are_kept_in_a_file(checkpoint: Path
     assert f"0 captioned, 1 skipped, 1 were in {out} already" in result.stdout
 
 
+def test_groups_of_ranks_that_share_prompts_must_divide_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    common = ["--checkpoint", str(tmp_path), "--data", str(tmp_path), "--out", str(tmp_path / "out")]
+    result = runner.invoke(app, ["eval", "needle", *common, "--sequence-ranks", "3"])
+    assert result.exit_code == 1
+    assert "--sequence-ranks 3 does not divide the 4 ranks" in result.stderr
+
+
 def test_option_help_lists_the_options_of_a_file(tmp_path: Path):
     source = tmp_path / "mine.py"
     source.write_text('def samples(videos: str, count: int = 3):\n    """My videos."""\n    yield from ()\n')

@@ -24,6 +24,7 @@ FIGURES = {
     "tokens": 4000.0,
     "flops": 6e12,
     "seconds": 2.0,
+    "data_seconds": 0.5,
     "memory": 3 * 2**29,
 }
 
@@ -41,8 +42,8 @@ def test_speed_is_per_second_and_mfu_by_the_peak_of_all_devices():
 
 def test_the_line_of_a_step_shows_mfu_or_the_rate_where_no_peak_is_known():
     known, unknown = ({**FIGURES, **speed(FIGURES, peak)} for peak in (12e12, None))
-    assert describe(known) == "loss 2.500  2,000 tokens/s  25.0% MFU  1.50 GiB"
-    assert describe(unknown) == "loss 2.500  2,000 tokens/s  3 TFLOP/s  1.50 GiB"
+    assert describe(known) == "loss 2.500  2,000 tokens/s  25.0% MFU  1.50 GiB  25% data"
+    assert describe(unknown) == "loss 2.500  2,000 tokens/s  3 TFLOP/s  1.50 GiB  25% data"
 
 
 def test_a_log_tells_when_the_run_will_end(tmp_path, capsys):
