@@ -91,8 +91,8 @@ def speed(figures: dict[str, Any], peak: float | None) -> dict[str, float]:
 
 
 def describe(figures: dict[str, Any]) -> str:
-    """A step's figures in one line: how far from its peak the machine is where that is known, else what it does; and the
-    share of its time that it waited for data, those of the slowest rank."""
+    """A step's figures in one line: how far from its peak the machine is where that is known, else what it does; and
+    the share of its time that it waited for data, those of the slowest rank."""
     if "mfu" in figures:
         use = f"{figures['mfu']:.1%} MFU"
     else:
