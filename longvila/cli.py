@@ -203,6 +203,9 @@ def show(
     image_size: Annotated[int, typer.Option(help="Height and width of the frames.")] = 384,
     frames: Annotated[int, typer.Option(help="Frames of a video, at most.")] = 8,
     fps: Annotated[float, typer.Option(help="Frames per second of video.")] = 1.0,
+    chat_template: Annotated[
+        str | None, typer.Option(help="The text of a Jinja template, as model.chat_template of a stage.")
+    ] = None,
 ) -> None:
     """Write a contact sheet of packed rows as a model will see them: frames, tokens, and which are targets."""
     from longvila.config import DataConfig, FrameSampling, SourceConfig
@@ -210,7 +213,7 @@ def show(
 
     source = (SourceConfig(str(folder.absolute())),)
     data = DataConfig(source, FrameSampling("fps", frames, fps), row_tokens=row_tokens, max_bad_share=1.0)
-    shown, documents = write_sheet(out, data, folder, model, tokens_per_frame, image_size, rows)
+    shown, documents = write_sheet(out, data, folder, model, tokens_per_frame, image_size, rows, chat_template)
     output.print(f"{documents} documents in {shown} rows: {out}")
 
 

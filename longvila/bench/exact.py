@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import product
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from longvila.parallel.attention import FoldedPlan
 from longvila.parallel.blocks import Mask
 from longvila.parallel.choose import LAYOUTS, make_plan
 from longvila.parallel.fold import Fold, make_fold
-from longvila.parallel.launch import run_ranks
+from longvila.parallel.launch import run_cases, run_ranks
 from longvila.parallel.plan import Plan
 
 SCALE = 0.3
@@ -47,11 +47,20 @@ def dense_mask(lengths: Sequence[int], mask: Mask) -> Tensor:
     return visible
 
 
-@lru_cache(maxsize=256)
-def _reference(
-    lengths: tuple[int, ...], heads: tuple[int, int], mask: Mask
-) -> tuple[tuple[Tensor, ...], Tensor, tuple[Tensor, ...]]:
-    """Random q, k and v; the gradient of their output; and that output, dq, dk and dv under a dense mask. All fp64."""
+_Case = tuple[tuple[int, ...], tuple[int, int], Mask]
+"""Lengths of documents, query and key heads, and who sees whom."""
+_Reference = tuple[tuple[Tensor, ...], Tensor, tuple[Tensor, ...]]
+"""Random q, k and v; the gradient of their output; and that output, dq, dk and dv under a dense mask. All fp64."""
+_references: dict[_Case, _Reference] = {}
+
+
+def _reference(case: _Case) -> _Reference:
+    if case not in _references:
+        _references[case] = _compute_reference(*case)
+    return _references[case]
+
+
+def _compute_reference(lengths: tuple[int, ...], heads: tuple[int, int], mask: Mask) -> _Reference:
     torch.manual_seed(0)
     shapes = [(1, count, sum(lengths), 16) for count in (heads[0], heads[1], heads[1], heads[0])]
     q, k, v, grad = (torch.randn(shape, dtype=torch.float64) for shape in shapes)
@@ -68,7 +77,7 @@ def attention_error(fold: Fold, plan: Plan, heads: tuple[int, int], mask: Mask, 
 
     References below 1 count as 1: with a window of one, gradients of queries and keys are zero.
     """
-    inputs, grad, expected = _reference(tuple(plan.lengths), heads, mask)
+    inputs, grad, expected = _reference((tuple(plan.lengths), heads, mask))
     mine = torch.tensor(plan.positions(fold.part, fold.piece), dtype=torch.long)
     local = [x[:, :, mine].to(dtype).requires_grad_() for x in inputs]
     out = FoldedPlan(plan, fold).attend(local[0], local[1], local[2], SCALE, mask)
@@ -116,8 +125,10 @@ def rank_errors(
 
 def measure(worlds: Sequence[int], masks: Sequence[Mask], rows=ROWS, heads=HEADS) -> list[Error]:
     """fp64, every factorisation and variant of each world size: the largest error over its ranks."""
-    for lengths, counts, mask in product(rows, heads, masks):
-        _reference(lengths, counts, mask)  # ranks are forked with it
+    # Ranks are forked with them. In a rank, since beside a GPU a process that ran autograd forks none that can run it.
+    cases: list[Any] = [case for case in product(rows, heads, masks) if case not in _references]
+    found = run_cases(_compute_reference, 1, cases) if cases else []
+    _references.update({case: of_case for case, (of_case,) in zip(cases, found, strict=True)})
     table = []
     for world in worlds:
         by_rank = run_ranks(rank_errors, world, world, torch.float64, masks, rows, heads, timeout=600)

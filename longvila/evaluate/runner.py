@@ -73,9 +73,8 @@ def run_benchmark(
     check_frames_fit(requests, answerer, benchmark.requests, options or {})
     out.mkdir(parents=True, exist_ok=True)
     keys = {request.id: request_key(request, answerer.fingerprint) for request in requests}
-    known = answerer.on_first(lambda: read_responses(out))
     mine = share_of_rank(evaluation_order(requests), rank, world)
-    pending = [request for request in mine if keys[request.id] not in known]
+    pending = answerer.on_first(lambda: _find_pending(mine, keys, out))  # files may be of other dates elsewhere
     _answer_all(pending, keys, answerer, out / f"responses-{rank}.jsonl", f"rank {rank}: " if world > 1 else "")
     if (rank, answerer.group_rank) != (0, 0):
         return None
@@ -102,6 +101,11 @@ def run_benchmark(
         benchmark.export(requests, responses, out)
     _write_whole(out / "scores.json", json.dumps(scores, indent=2))
     return scores
+
+
+def _find_pending(requests: list[Request], keys: Mapping[str, str], out: Path) -> list[Request]:
+    known = read_responses(out)
+    return [request for request in requests if keys[request.id] not in known]
 
 
 def read_responses(out: Path) -> dict[str, Answered]:

@@ -9,7 +9,7 @@ so the loop here is its own.
 
 Prompts longer than one device holds are shared by the ranks of a sequence group (`parallel/cache.py`): each decodes and
 encodes its share of the frames, and holds its share of the keys and values. All of them are asked the same, and all
-have the answer.
+have the answer. The weights, the frame tokens and the prompt's embeddings are whole on each.
 
 Shapes: F frames, T tokens per frame, S pixels along a side of a frame, N tokens of a prompt, D width.
 """
@@ -29,7 +29,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from longvila.apply import apply_cache
-from longvila.errors import DataError, LongvilaError
+from longvila.errors import ConfigError, DataError, LongvilaError
 from longvila.model.chat import encode_prompt
 from longvila.model.vlm import LongVilaModel
 from longvila.parallel.batch import even_share
@@ -42,8 +42,8 @@ PREFILL_TOKENS = 1024
 """Tokens of a prompt that go through the language model together, on each rank."""
 
 T = TypeVar("T")
-OpenFilm = Callable[[], tuple[int, Callable[[int, int], Tensor]]]
-"""-> number of frames, and what decodes some of them: (first, last + 1) -> uint8 (F, 3, S, S)."""
+Film = tuple[int, Callable[[int, int], Tensor]]
+"""Number of frames, and what decodes some of them: (first, last + 1) -> uint8 (F, 3, S, S)."""
 
 
 class Answerer:
@@ -64,6 +64,11 @@ class Answerer:
         self.group_rank, self._num_ranks = 0, 1
         if self._group is not None:
             self.group_rank, self._num_ranks = dist.get_rank(self._group), dist.get_world_size(self._group)
+            if model.device.type == "cuda" and model.dtype not in (torch.bfloat16, torch.float16):
+                raise ConfigError(
+                    f"prompts that ranks share go through flash attention, which takes bf16 or fp16 on a GPU, not "
+                    f"{model.dtype}; give --dtype bf16"
+                )
             apply_cache(model.language_model, self._num_ranks)
         self.tokenizer = tokenizer
         language_model = model.language_model
@@ -91,7 +96,7 @@ class Answerer:
         """Frame tokens (F, T, D) of uint8 frames (F, 3, S, S)."""
         return self.encode_film(lambda: (len(frames), lambda start, stop: frames[start:stop]))
 
-    def encode_film(self, open_film: OpenFilm) -> Tensor:
+    def encode_film(self, open_film: Callable[[], Film]) -> Tensor:
         """Frame tokens (F, T, D) of a film; the ranks of a group share out its frames, and all have all tokens.
 
         Raises:

@@ -12,11 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torch import Tensor
-
 from longvila.config import FrameSampling
 from longvila.errors import ConfigError, DataError
-from longvila.generate.answer import Answerer
+from longvila.generate.answer import Answerer, Film
 from longvila.media import choose_tiles, decode_frames, decode_tiles, image_extent, probe, sample_timestamps
 
 QUESTION = "Elaborate on the visual and narrative elements of the video in detail."
@@ -52,7 +50,7 @@ def caption(
     """Answers `question` about `path`, or about each video and image below it when it is a folder.
 
     Args:
-        on_file: called with a file before its caption begins.
+        on_file: called with a file that could be opened, before its frames are decoded.
         on_text: called with each piece of the caption.
         on_cut: called with a file whose caption ended at `max_new_tokens`, after its last piece.
         on_failure: called with a file of a folder that could not be captioned, and the reason.
@@ -71,8 +69,7 @@ def caption(
             report.known.append(file)
             continue
         try:
-            tokens = answerer.encode_film(functools.partial(open_film, file, sampling, size))
-            on_file(file)
+            tokens = answerer.encode_film(functools.partial(_open_and_tell, file, sampling, size, on_file))
             pieces = []
             for piece in answerer.stream(tokens, question, max_new_tokens):
                 pieces.append(piece)
@@ -148,7 +145,13 @@ def find_media(path: Path) -> list[Path]:
     return files
 
 
-def open_film(path: Path, sampling: FrameSampling, size: int) -> tuple[int, Callable[[int, int], Tensor]]:
+def _open_and_tell(path: Path, sampling: FrameSampling, size: int, on_file: Callable[[Path], None]) -> Film:
+    film = open_film(path, sampling, size)
+    on_file(path)
+    return film
+
+
+def open_film(path: Path, sampling: FrameSampling, size: int) -> Film:
     """The frames of a video, or the tiles of an image: how many, and what decodes some of them, (first, last + 1) ->
     uint8 (F, 3, size, size). Both raise MediaError naming the file."""
     name = str(path)

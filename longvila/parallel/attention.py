@@ -92,12 +92,7 @@ class FoldedPlan:
                 f"the plan gives this rank 1 x {self.num_tokens} tokens, but q, k, v have {q.shape[0]} x {q.shape[2]}, "
                 f"{k.shape[2]} and {v.shape[2]}"
             )
-        if not q.dtype == k.dtype == v.dtype:
-            raise ConfigError(f"q, k and v must have one type, not {q.dtype}, {k.dtype} and {v.dtype}")
-        if q.shape[1] % k.shape[1] or k.shape[1] != v.shape[1]:
-            raise ConfigError(f"{q.shape[1]} query heads cannot share {k.shape[1]} key and {v.shape[1]} value heads")
-        if q.shape[3] != v.shape[3]:
-            raise ConfigError(f"head dims of queries ({q.shape[3]}) and values ({v.shape[3]}) must be equal")
+        check_heads(q, k, v)
         if self.fold.num_heads > q.shape[1]:
             raise ConfigError(
                 f"a head axis of {self.fold.num_heads} ranks leaves ranks without one of the {q.shape[1]} query heads; "
@@ -139,6 +134,16 @@ class FoldedPlan:
             torch.cat(pieces), [p.numel() for p in pieces], out_splits, self.fold.heads, "heads", layer
         )
         return received.view(1, ranges[-1][1], mine, dim)
+
+
+def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raises ConfigError where types, numbers or dims of the heads of q (1, Hq, t, D), k and v do not fit together."""
+    if not q.dtype == k.dtype == v.dtype:
+        raise ConfigError(f"q, k and v must have one type, not {q.dtype}, {k.dtype} and {v.dtype}")
+    if q.shape[1] % k.shape[1] or k.shape[1] != v.shape[1]:
+        raise ConfigError(f"{q.shape[1]} query heads cannot share {k.shape[1]} key and {v.shape[1]} value heads")
+    if q.shape[3] != v.shape[3]:
+        raise ConfigError(f"head dims of queries ({q.shape[3]}) and values ({v.shape[3]}) must be equal")
 
 
 def head_ranges(heads: int, ranks: int) -> list[Span]:

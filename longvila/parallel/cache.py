@@ -2,11 +2,12 @@
 device holds.
 
 Tokens come in chunks: a piece of a prompt, or the token that was generated last. Each chunk is cut evenly over the
-ranks, in order, and a rank keeps the keys and values of its tokens. So all ranks hold as much and compute as much,
-whatever the prompt, and one rule serves the prompt, what is asked next about the same film, and every token of the
-answer. What travels is queries, to all ranks, and back what each rank's keys amount to for them, an output with its
-log-sum-exp (split keys, as Flash-Decoding merges them; Dao et al. 2023); keys and values stay where they are.
+ranks, in order (one token is the last rank's), and a rank keeps the keys and values of its tokens. So all ranks hold as
+much of a prompt and compute as much for it, and one rule serves the prompt, what is asked next about the same film, and
+every token of the answer. Layers with a window keep all tokens as others do, so that a prompt can be cut back.
 
+What travels is queries, to all ranks, and back what each rank's keys amount to for them, an output with its log-sum-exp
+(split keys, as Flash-Decoding merges them; Dao et al. 2023); keys and values stay where they are.
 A ring would send keys and values instead, which are fewer numbers where query heads share them, but each chunk of a
 prompt would send all that came before it once more.
 """
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longvila.errors import ConfigError
-from longvila.parallel.attention import answer_totals
+from longvila.parallel.attention import answer_totals, check_heads
 from longvila.parallel.batch import even_share
 from longvila.parallel.blocks import Block, Mask, Span, visible_blocks
 from longvila.parallel.exchange import all_to_all
@@ -96,9 +97,10 @@ class ShardedCache:
             (1, Hq, t, D).
 
         Raises:
-            ConfigError: for other numbers of tokens, a layer that asks twice or has no number, or a mask that lets
-                tokens see later ones.
+            ConfigError: for shapes or types that do not fit together, other numbers of tokens, a layer that asks twice
+                or has no number, or a mask that lets tokens see later ones.
         """
+        check_heads(q, k, v)
         nothing = None
         if not self._shares[self._rank]:
             nothing, q, k, v = torch.zeros_like(q), *(x[:, :, 1:] for x in (q, k, v))

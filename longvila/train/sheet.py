@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from longvila.config import DataConfig
 from longvila.errors import ConfigError
-from longvila.model.chat import ChatEncoder
+from longvila.model.chat import ChatEncoder, prepare_tokenizer
 from longvila.shards import Row, RowLoader
 from longvila.shards.document import IGNORE
 from longvila.shards.order import Cursor
@@ -47,13 +47,21 @@ class Card:
 
 
 def write_sheet(
-    path: Path, data: DataConfig, root: Path, tokenizer_name: str, tokens_per_frame: int, image_size: int, rows: int
+    path: Path,
+    data: DataConfig,
+    root: Path,
+    tokenizer_name: str,
+    tokens_per_frame: int,
+    image_size: int,
+    rows: int,
+    chat_template: str | None = None,
 ) -> tuple[int, int]:
     """Writes the first `rows` rows of `data` to `path`, and returns how many rows and documents that are.
 
     Args:
         tokenizer_name: a language model or a finished stage, by folder or hub name; its tokenizer has a chat template.
         tokens_per_frame: what the model makes of one frame.
+        chat_template: in place of the tokenizer's own.
 
     Raises:
         ConfigError: a tokenizer that cannot be loaded or used.
@@ -62,6 +70,7 @@ def write_sheet(
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
     except (OSError, ValueError) as error:
         raise ConfigError(f"no tokenizer can be loaded from '{tokenizer_name}' ({error})") from error
+    prepare_tokenizer(tokenizer, chat_template)
     loader = RowLoader(data, root, ChatEncoder(tokenizer, tokens_per_frame), image_size)
     shown = [row for row, _ in islice(loader.rows(Cursor()), rows) if row is not None]
     sheet = [make_cards(row, tokenizer, loader.encode.frame_token) for row in shown]

@@ -59,8 +59,8 @@ def test_squares_cut_by_halves_equal_one_process():
 
 def bf16_errors():
     """Errors against fp64 of one kernel call over the whole row, of its square cut by halves, and of a ring of four."""
-    found = []
-    for leaf, parallel in ((2048, ParallelConfig()), (256, ParallelConfig()), (256, ParallelConfig(inner=4))):
+    found, cut = [], kernel.CPU_LEAF
+    for leaf, parallel in ((2048, ParallelConfig()), (cut, ParallelConfig()), (cut, ParallelConfig(inner=4))):
         kernel.CPU_LEAF = leaf
         fold = make_fold(parallel, "cpu")
         plan = make_plan((2048,), fold.inner)

@@ -84,8 +84,8 @@ def test_parts_of_ranks_sum_to_the_loss_of_all_tokens():
 
 @functools.cache
 def expected_of(name):
-    """Found once, before ranks are forked, which then have it."""
-    return test_models.reference(attach_plain_losses(test_models.make(name)))
+    """As that of `test_models`."""
+    return run_ranks(test_models.reference, 1, attach_plain_losses(test_models.make(name)))[0]
 
 
 def errors(name, parallel, mixture, recompute):

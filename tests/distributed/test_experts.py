@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import logging
 import math
 
 import pytest
@@ -68,6 +69,8 @@ MIXTURES = ("qwen3_moe", "qwen2_moe", "mixtral")
 )
 def test_language_models_of_transformers_have_the_gradients_of_one_process(parallel):
     names = [name for name in MIXTURES if parallel.expert_tensor == 1 or cuts_experts(name)]
+    if len(names) < len(MIXTURES):
+        logging.warning("this transformers has no plan to cut the experts of %s", set(MIXTURES) - set(names))
     assert names
     for name, by_rank in errors_of_all(names, parallel).items():
         for found, counted in by_rank:

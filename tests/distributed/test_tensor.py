@@ -92,6 +92,7 @@ def test_a_vision_language_model_has_the_gradients_of_one_process(experts, world
 def test_layers_are_right_when_they_are_computed_again():
     policies = ("all", "save_attention", "offload_attention")
     parallel = ParallelConfig(tensor=2, inner=2)
+    test_models.expected_of("llama")
     for policy, by_rank in zip(
         policies, run_cases(test_models.errors, 4, [("llama", parallel, policy) for policy in policies]), strict=True
     ):

@@ -82,20 +82,20 @@ SHARDINGS = [
 def test_every_sharding_gives_the_weights_of_one_process(one_process):
     shardings = [*SHARDINGS, ShardingConfig(gradients="none")]
     cases = [(ParallelConfig(inner=2), sharding) for sharding in shardings]
-    for by_rank in run_cases(train_three_steps, 4, cases):
-        check_steps(by_rank, one_process)
+    for sharding, by_rank in zip(shardings, run_cases(train_three_steps, 4, cases), strict=True):
+        check_steps(by_rank, one_process, sharding)
 
 
-def check_steps(by_rank, one_process):
+def check_steps(by_rank, one_process, what=""):
     expected_figures, _, expected = one_process
     for figures, weights in by_rank:
         for mine, theirs in zip(figures, expected_figures, strict=True):
             for name, value in theirs.items():
-                assert mine[name] == pytest.approx(value, rel=1e-9), name
+                assert mine[name] == pytest.approx(value, rel=1e-9), (what, name)
             assert mine["grad_norm"] > OPTIMIZER.clip, "clipping must be at work"
         for name, weight in weights.items():
             # AdamW divides by the root of the squared gradient, which magnifies rounding where that is near 0.
-            assert (weight - expected[name]).abs().max() < 1e-6 * 3 * RATE + 1e-12, name
+            assert (weight - expected[name]).abs().max() < 1e-6 * 3 * RATE + 1e-12, (what, name)
 
 
 def train_projector():

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from longvila.bench.tiny import write_models
 
+from ..unit.eval_parts import evaluation_folder
 from ..unit.video_fixtures import make_video
 
 ROOT = Path(__file__).parents[2]
@@ -252,6 +253,29 @@ def test_a_folder_of_videos_is_captioned_and_a_broken_one_is_named(trained):
     assert shared.stdout == result.stdout
     assert shared.stderr.count("3.mp4") == result.stderr.count("3.mp4")
     assert len((trained / "captions.jsonl").read_text().splitlines()) == 5
+
+
+def test_a_benchmark_has_the_answers_of_one_process_where_ranks_share_its_prompts(trained, tmp_path):
+    evaluation_folder(tmp_path / "data")
+    common = [
+        "eval",
+        "captioning",
+        "--checkpoint",
+        trained / "tune" / "model",
+        "--data",
+        tmp_path / "data",
+        "-o",
+        "frames=3",
+    ]
+    run(*common, "--out", tmp_path / "alone")
+    run(*common, "--out", tmp_path / "shared", "--sequence-ranks", "2", ranks=2)
+    (alone,), (shared,) = ((tmp_path / name).glob("responses-*.jsonl") for name in ("alone", "shared"))
+    assert alone.name == shared.name == "responses-0.jsonl"
+    assert alone.read_text() == shared.read_text()
+    scores = [json.loads((tmp_path / name / "scores.json").read_text()) for name in ("alone", "shared")]
+    assert scores[0].pop("seconds")
+    assert scores[1].pop("seconds")
+    assert scores[0] == scores[1]
 
 
 def test_a_dry_run_reads_models_and_data_and_writes_nothing(trained):
