@@ -6,11 +6,12 @@ go to a JSONL file, from which the same call goes on where it was stopped.
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from torch import Tensor
 
 from longvila.config import FrameSampling
 from longvila.errors import ConfigError, DataError
@@ -61,7 +62,7 @@ def caption(
         ConfigError: `path` does not exist, or `out` is no file for captions.
         DataError: a single file that cannot be captioned, a folder without videos or images, or one where each failed.
     """
-    report, size = CaptionReport(), answerer.model.vision.image_size
+    report = CaptionReport()
     files = answerer.on_first(lambda: find_media(path))
     known = answerer.on_first(lambda: begin_captions(out)) if out is not None else set()
     for file in files:
@@ -69,7 +70,7 @@ def caption(
             report.known.append(file)
             continue
         try:
-            tokens = answerer.encode_film(functools.partial(_open_and_tell, file, sampling, size, on_file))
+            tokens = watch(answerer, file, sampling, on_file)
             pieces = []
             for piece in answerer.stream(tokens, question, max_new_tokens):
                 pieces.append(piece)
@@ -145,10 +146,24 @@ def find_media(path: Path) -> list[Path]:
     return files
 
 
-def _open_and_tell(path: Path, sampling: FrameSampling, size: int, on_file: Callable[[Path], None]) -> Film:
-    film = open_film(path, sampling, size)
-    on_file(path)
-    return film
+def watch(
+    answerer: Answerer, path: Path, sampling: FrameSampling, on_file: Callable[[Path], None] = lambda path: None
+) -> Tensor:
+    """Frame tokens (F, T, D) of a video, or of the tiles of an image, for any number of questions about it.
+
+    Args:
+        on_file: called with the file once it could be opened, before its frames are decoded.
+
+    Raises:
+        MediaError: naming the file.
+    """
+
+    def open_file() -> Film:
+        film = open_film(path, sampling, answerer.model.vision.image_size)
+        on_file(path)
+        return film
+
+    return answerer.encode_film(open_file)
 
 
 def open_film(path: Path, sampling: FrameSampling, size: int) -> Film:

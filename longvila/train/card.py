@@ -19,6 +19,21 @@ tokenizer = AutoTokenizer.from_pretrained("{folder}")
 ```
 
     longvila caption film.mp4 --checkpoint {folder}
+
+Several questions about one film, whose frames go through the model once:
+
+```python
+from pathlib import Path
+from longvila.config import FrameSampling
+from longvila.generate.answer import Answerer
+from longvila.generate.caption import watch
+from longvila.model import load_model
+
+answerer = Answerer(*load_model(Path("{folder}")))
+film = watch(answerer, Path("film.mp4"), FrameSampling("fps", frames=256, fps=1.0))
+for question in ("What happens in this film?", "Who is in it?"):
+    print(answerer.answer(film, question, max_new_tokens=128))
+```
 """
 
 LANGUAGE_MODEL = """\

@@ -27,6 +27,7 @@ from longvila.train.export import export, find_source
 from longvila.train.loop import load_start, prepare
 
 from .model_parts import llama, model_config, qwen3, random_frames
+from .video_fixtures import make_video
 
 IDS = torch.tensor([[72, 101, 5, 33, 200, 7, 90, 90, 14]])
 
@@ -230,6 +231,18 @@ def test_the_card_says_how_to_load_and_what_it_was_trained_with(tmp_path):
     for words in ("AutoModelForCausalLM", "the stage's end", "6 at 3", "4,321", "torch 9.9", "8, 4 of them to a row"):
         assert words in card
     assert "import longvila" not in card
+
+
+def test_the_cards_questions_about_a_film_run(tmp_path, monkeypatch, capsys):
+    config = make_stage(tmp_path)
+    model, tokenizer = load_start(config, tmp_path)
+    save_model(model, tokenizer, tmp_path / "tune" / "model")
+    export(tmp_path / "tune", tmp_path / "out")
+    code = (tmp_path / "out" / "README.md").read_text().split("```python\n")[2].split("```")[0]
+    (tmp_path / "film.mp4").write_bytes(make_video(12))
+    monkeypatch.chdir(tmp_path)
+    exec(code, {"print": lambda text: print(f"answer: {text}")})
+    assert capsys.readouterr().out.count("answer: ") == 2
 
 
 def test_a_folder_that_is_not_empty_is_never_overwritten(tmp_path):
