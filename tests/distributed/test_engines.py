@@ -1,6 +1,9 @@
 """FSDP2 and every stage of DeepSpeed's ZeRO take the steps of one process, and continue what another saved."""
 
+import importlib
 import json
+import sys
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -20,6 +23,22 @@ pytest.importorskip("deepspeed")
 STEPS = 10
 ENGINES = ["fsdp2", "zero1", "zero2", "zero3"]
 TWO = ParallelConfig(inner=2)
+
+
+def imports_of_a_step():
+    before = set(sys.modules)
+    engine_steps(TWO, "zero3", torch.float32, 1)
+    return [name for name in sys.modules if name not in before]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported_once():
+    """What DeepSpeed imports when it is first used, a second and more, before ranks are forked and not in each."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in run_ranks(imports_of_a_step, 2)[0]:
+            if name.startswith("deepspeed."):
+                importlib.import_module(name)
 
 
 @pytest.fixture(scope="module")
