@@ -63,6 +63,11 @@ def rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
+def world() -> int:
+    """Processes under torchrun; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def list_options(context: typer.Context, values: list[str] | None) -> list[str] | None:
     """Prints the options of a content file, and exits, when `-o help` asks for them."""
     if "help" not in (values or []):
@@ -300,12 +305,12 @@ def eval_(
     from longvila.evaluate.runner import run_benchmark
 
     module = content.load("eval", benchmark)
-    if _world() % sequence_ranks:
+    if world() % sequence_ranks:
         raise ConfigError(
-            f"--sequence-ranks {sequence_ranks} does not divide the {_world()} ranks; torchrun must start a multiple"
+            f"--sequence-ranks {sequence_ranks} does not divide the {world()} ranks; torchrun must start a multiple"
         )
     answerer = _answerer(checkpoint, dtype, sequence_ranks)
-    group, groups = rank() // sequence_ranks, _world() // sequence_ranks
+    group, groups = rank() // sequence_ranks, world() // sequence_ranks
     scores = run_benchmark(module, answerer, data, out, options=values, rank=group, world=groups)
     if scores is not None:
         output.print_json(data={name: value for name, value in scores.items() if name != "examples"})
@@ -339,7 +344,7 @@ def caption(
             errors.print(f"\n[bold red]skipped[/] {escape(reason)}")
 
     report = captioning.caption(
-        _answerer(checkpoint, dtype, _world()),
+        _answerer(checkpoint, dtype, world()),
         path,
         FrameSampling("fps", frames=frames, fps=1.0, tiles=tiles),
         question or captioning.QUESTION,
@@ -522,10 +527,6 @@ def doctor() -> None:
         output.print(f"[bold]{title}[/]")
         for name, value in lines.items():
             output.print(f"  {name:<16} {escape(value)}")
-
-
-def _world() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def _answerer(checkpoint: Path, dtype: str, sequence_ranks: int) -> Any:

@@ -2,6 +2,7 @@
 
 import itertools
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from longvila.parallel.traffic import counting
 
 from ..unit.eval_parts import film, tiny_answerer
 from ..unit.model_parts import qwen3, random_frames
-from ..unit.test_generate_answer import longrope_model, sliding_window_model
+from ..unit.test_generate_answer import longrope_model, questions, sliding_window_model
 from ..unit.video_fixtures import make_video
 from . import test_models
 
@@ -118,6 +119,8 @@ def misuse(kind):
         cache.attend(x, x, x, 1.0, Mask(), 0)
     elif kind == "tokens":
         cache.attend(x[:, :, 1:], x[:, :, 1:], x[:, :, 1:], 1.0, Mask(), 0)
+    elif kind == "types":
+        cache.attend(x.double(), x, x, 1.0, Mask(), 0)
     elif kind == "number":
         cache.attend(x, x, x, 1.0, Mask())
     else:
@@ -129,6 +132,7 @@ def misuse(kind):
     [
         ("twice", r"layer 0 brings 4 tokens .* layers \[0\] have asked"),
         ("tokens", "layer 0 brings 3 tokens to a chunk of which this rank has 4"),
+        ("types", "q, k and v must have one type"),
         ("number", "layer -1 brings 4 tokens"),
         ("later", "tokens that see later ones cannot be generated"),
     ],
@@ -214,19 +218,6 @@ def mixture():
 MODELS = {"qwen3": qwen3, "mistral": sliding_window_model, "gemma3": gemma3, "qwen3_moe": mixture}
 
 
-def questions():
-    frames = random_frames(6)
-    other = frames.flip(0)
-    return [
-        (frames, "What is shown?"),
-        (frames, "What is shown?"),  # the same again: all but the last token is shared
-        (frames, "Which number comes first?"),  # shares the frames
-        (torch.cat([frames[:3], other[:1], frames[3:]]), "Which number comes first?"),  # shares three frames
-        (other, "What?"),  # shares nothing but the template
-        (frames[:2], "What?"),
-    ]
-
-
 def noting(answerer):
     """Logits behind a prompt and behind each token of its answer, as they are found from now on."""
     found, real, seen = [], answerer._next_token, []
@@ -282,6 +273,16 @@ def shared(plain):
 def test_models_whose_prompts_cannot_be_shared_are_refused(tmp_path):
     with pytest.raises(RankError, match=r"RoPE type 'longrope', .* can be shared by 1 rank, not 2"):
         run_ranks(shared, 2, tiny_answerer(tmp_path / "base", longrope_model()))
+
+
+def shared_on_a_gpu(plain):
+    with mock.patch.object(type(plain.model), "device", torch.device("cuda")):
+        shared(plain)
+
+
+def test_weights_that_flash_attention_does_not_take_are_refused_before_any_film_is_opened(tmp_path):
+    with pytest.raises(RankError, match=r"bf16 or fp16 on a GPU, not torch\.float32; give --dtype bf16"):
+        run_ranks(shared_on_a_gpu, 2, tiny_answerer(tmp_path / "base"))
 
 
 def share_film(plain):

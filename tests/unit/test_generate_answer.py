@@ -47,13 +47,11 @@ def longrope_model():
     return qwen3(max_position_embeddings=480, rope_parameters={**rope, **factors})
 
 
-@pytest.mark.parametrize("make", [qwen3, sliding_window_model, longrope_model])
-def test_answers_equal_those_of_transformers_whatever_was_asked_before(tmp_path, make, monkeypatch):
-    monkeypatch.setattr(answering, "PREFILL_TOKENS", 7)
-    answerer = tiny_answerer(tmp_path / "base", make())
+def questions():
+    """Frames and questions that share more or less with those before them."""
     frames = random_frames(6)
     other = frames.flip(0)
-    asked = [
+    return [
         (frames, "What is shown?"),
         (frames, "What is shown?"),  # the same again: all but the last token is shared
         (frames, "Which number comes first?"),  # shares the frames
@@ -61,7 +59,13 @@ def test_answers_equal_those_of_transformers_whatever_was_asked_before(tmp_path,
         (other, "What?"),  # shares nothing but the template
         (frames[:2], "What?"),
     ]
-    for shown, question in asked:
+
+
+@pytest.mark.parametrize("make", [qwen3, sliding_window_model, longrope_model])
+def test_answers_equal_those_of_transformers_whatever_was_asked_before(tmp_path, make, monkeypatch):
+    monkeypatch.setattr(answering, "PREFILL_TOKENS", 7)
+    answerer = tiny_answerer(tmp_path / "base", make())
+    for shown, question in questions():
         assert answerer.answer(shown, question, 12) == reference_answer(answerer, shown, question, 12)
 
 

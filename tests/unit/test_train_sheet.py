@@ -67,6 +67,16 @@ def test_the_command_writes_one_page_that_needs_nothing_else(folder):
     assert "http" not in page
 
 
+def test_a_template_of_ones_own_is_shown(folder):
+    out = folder / "pages" / "own.html"
+    options = ["--model", str(folder / "lm"), "--out", str(out), "--row-tokens", "200", "--tokens-per-frame", "2"]
+    template = "{% for m in messages %}It was said: {{ m.content }}{% endfor %}"
+    options += ["--image-size", "48", "--chat-template", template]
+    result = CliRunner().invoke(app, ["data", "show", str(folder / "data"), *options])
+    assert result.exit_code == 0, result.output
+    assert "It was said: " in out.read_text()
+
+
 def test_a_model_that_is_not_there_is_one_line(folder):
     result = CliRunner().invoke(app, ["data", "show", str(folder / "data"), "--model", str(folder / "gone")])
     assert result.exit_code == 1
